@@ -1,0 +1,1 @@
+"""Many task adapters of one language model, kept as one small bundle."""

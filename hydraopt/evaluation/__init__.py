@@ -1,0 +1,1 @@
+"""Measuring a task, and the gates a candidate must pass."""

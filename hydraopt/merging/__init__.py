@@ -1,0 +1,1 @@
+"""The merge: families of factors, one byte budget, one verb."""

@@ -1,0 +1,258 @@
+"""Where the servers are and how to reach them, read once where a process starts and then passed down.
+
+A value comes from, first found: an argument, a ``HYDRAOPT_*`` variable, the files that ``hydraopt up`` writes
+below the home folder (``services.json``: addresses; ``credentials.json``, mode 600: keys), the default.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from hydraopt.errors import HydraoptError, ServiceError
+
+PREFIX = "HYDRAOPT_"
+DEFAULT_HOME = Path(".hydraopt")
+SERVICES_FILE = "services.json"
+CREDENTIALS_FILE = "credentials.json"
+
+_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
+_STORE_FIELDS = ("s3_endpoint", "s3_access_key", "s3_secret_key")
+
+
+def _without_password(address: str) -> str:
+    """Return ``address``; it is printed in messages, so it may not carry a secret."""
+    if "@" in urlsplit(address).netloc:
+        raise ValueError(
+            "an address must not hold a user or password; give them as MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD, PREFECT_API_AUTH_STRING, or HYDRAOPT_S3_ACCESS_KEY and _SECRET_KEY"
+        )
+    return address.rstrip("/")
+
+
+def _is_http(address: str) -> str:
+    parts = urlsplit(address)
+    if parts.scheme not in {"http", "https"} or not parts.hostname:
+        raise ValueError("an address looks like http://127.0.0.1:8333")
+    return address
+
+
+Address = Annotated[str, AfterValidator(_without_password)]
+HttpAddress = Annotated[str, AfterValidator(_without_password), AfterValidator(_is_http)]
+
+
+class Settings(BaseSettings):
+    """One deployment: its home folder, its servers, its keys."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX,
+        env_ignore_empty=True,
+        frozen=True,
+        extra="forbid",
+        hide_input_in_errors=True,  # else a failed load prints the key
+    )
+
+    home: Path = Field(DEFAULT_HOME, description="Folder of all local state; made absolute.")
+    s3_endpoint: HttpAddress | None = Field(None, description="Address of the object store's S3 API.")
+    s3_bucket: str = Field("hydraopt", description="Bucket that holds adapters, bundles and records.")
+    s3_access_key: str | None = Field(
+        None, min_length=1, description="Access key; None: boto3 looks for one."
+    )
+    s3_secret_key: SecretStr | None = Field(None, min_length=1, description="Secret key, never shown.")
+    s3_region: str = Field("us-east-1", min_length=1, description="Region that requests are signed for.")
+    s3_checksums: Literal["when_required", "when_supported"] = Field(
+        "when_supported", description="boto3's default checksums; a few foreign servers need when_required."
+    )
+    mlflow_uri: Address | None = Field(None, description="MLflow tracking and registry address.")
+    prefect_api_url: HttpAddress | None = Field(None, description="Prefect API, ending in /api.")
+    service_timeout_s: float = Field(
+        20.0, gt=0, le=25, allow_inf_nan=False, description="Seconds one request may take; at most 25."
+    )
+
+    @classmethod
+    def load(cls, home: Path | None = None) -> Self:
+        """Settings of this process.
+
+        Args:
+            home: Home folder; None reads ``HYDRAOPT_HOME``, else ``.hydraopt`` below the current folder.
+
+        Raises:
+            HydraoptError: If a variable is unknown or its value is not allowed, or a file below the home
+                folder cannot be read. No value is shown: it may be a key.
+        """
+        try:
+            return cls() if home is None else cls(home=home)
+        except ValidationError as error:
+            raise HydraoptError(f"settings: {_reasons(error)}") from None
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Arguments, then variables, then the files below the home folder."""
+        del dotenv_settings, file_secret_settings
+        return init_settings, env_settings, _HomeFiles(settings_cls)
+
+    @field_validator("home", mode="after")
+    @classmethod
+    def _absolute(cls, home: Path) -> Path:
+        return home.expanduser().absolute()
+
+    @field_validator("s3_bucket", mode="after")
+    @classmethod
+    def _bucket_name(cls, bucket: str) -> str:
+        if not _BUCKET.fullmatch(bucket) or ".." in bucket:
+            raise ValueError(
+                "a bucket name has 3 to 63 of a-z, 0-9, '.', '-' and starts with a letter or digit"
+            )
+        return bucket
+
+    @model_validator(mode="after")
+    def _whole_key(self) -> Self:
+        if (self.s3_access_key is None) != (self.s3_secret_key is None):
+            raise ValueError("give HYDRAOPT_S3_ACCESS_KEY and HYDRAOPT_S3_SECRET_KEY together, or neither")
+        return self
+
+    @model_validator(mode="after")
+    def _no_unknown_variables(self) -> Self:
+        # extra="forbid" does not look at the environment: a misspelt name would be silent.
+        known = {PREFIX + name.upper() for name in type(self).model_fields}
+        unknown = {
+            name for name in os.environ if name.upper().startswith(PREFIX) and name.upper() not in known
+        }
+        if unknown:
+            raise ValueError(f"unknown variables {sorted(unknown)}; known are {sorted(known)}")
+        return self
+
+    def require_services(self) -> Self:
+        """Return these settings if they name all three servers.
+
+        Raises:
+            ServiceError: If one has no address: it was never started, or is configured elsewhere.
+        """
+        addresses = {
+            "object store": (self.s3_endpoint, "S3_ENDPOINT"),
+            "MLflow": (self.mlflow_uri, "MLFLOW_URI"),
+            "Prefect": (self.prefect_api_url, "PREFECT_API_URL"),
+        }
+        missing = {name: PREFIX + key for name, (address, key) in addresses.items() if address is None}
+        if missing:
+            raise ServiceError(
+                f"{', '.join(missing)} not running (home {self.home}): start with `hydraopt up`, "
+                f"or set {', '.join(missing.values())}"
+            )
+        return self
+
+    def environment(self) -> dict[str, str]:
+        """Variables to add for a child process that works with these servers.
+
+        They make Prefect and MLflow inside the child agree with these settings and keep telemetry off. No
+        keys: the child reads them where this process did, below the home folder or from inherited variables.
+        """
+        variables = {
+            f"{PREFIX}HOME": str(self.home),
+            "PREFECT_HOME": str(self.home / "prefect"),
+            "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false",
+            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            "DO_NOT_TRACK": "1",
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+            "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+        }
+        if self.prefect_api_url is not None:
+            variables["PREFECT_API_URL"] = self.prefect_api_url
+        if self.mlflow_uri is not None:
+            variables["MLFLOW_TRACKING_URI"] = self.mlflow_uri
+            variables["MLFLOW_REGISTRY_URI"] = self.mlflow_uri
+        return variables
+
+
+class _HomeFiles(PydanticBaseSettingsSource):
+    """Addresses of the running local services and the local store's key."""
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        del field
+        return None, field_name, False  # the interface asks for it; __call__ does the work
+
+    def __call__(self) -> dict[str, Any]:
+        # The sources before this one were read already; the first that names a home wins.
+        home = Path(self.current_state.get("home") or DEFAULT_HOME).expanduser()
+        found: dict[str, Any] = {}
+        running = _running_addresses(home / SERVICES_FILE)
+        if "mlflow" in running:
+            found["mlflow_uri"] = running["mlflow"]
+        if "prefect" in running:
+            found["prefect_api_url"] = running["prefect"] + "/api"
+        # The local key is for the local store alone: never signed with for an address given elsewhere.
+        given = any(self.current_state.get(name) is not None for name in _STORE_FIELDS)
+        if "store" in running and not given:
+            found["s3_endpoint"] = running["store"]
+            found |= read_credentials(home / CREDENTIALS_FILE)
+        return found
+
+
+def _running_addresses(path: Path) -> dict[str, str]:
+    """Address by service of those that ``up`` started and ``down`` has not stopped."""
+    services = _read_object(path).get("services", {})
+    try:
+        return {name: str(entry["address"]) for name, entry in services.items() if entry.get("pid")}
+    except (AttributeError, KeyError, TypeError):
+        raise _damaged(path) from None
+
+
+def read_credentials(path: Path) -> dict[str, str]:
+    """The local store's ``s3_access_key`` and ``s3_secret_key``; empty if there is no such file.
+
+    Raises:
+        HydraoptError: If the file is damaged, or others than its owner may read it.
+    """
+    content = _read_object(path)
+    if not content:
+        return {}
+    if path.stat().st_mode & 0o077:
+        raise HydraoptError(f"{path} holds keys and can be read by others: run `chmod 600 {path}`")
+    try:
+        return {name: str(content[name]) for name in _STORE_FIELDS[1:]}
+    except KeyError:
+        raise _damaged(path) from None
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in ``path``; empty if there is no such file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise HydraoptError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise _damaged(path) from None
+    if not isinstance(content, dict):
+        raise _damaged(path)
+    return content
+
+
+def _damaged(path: Path) -> HydraoptError:
+    return HydraoptError(f"{path} is damaged: move it away, then run `hydraopt up`")
+
+
+def _reasons(error: ValidationError) -> str:
+    """What pydantic found wrong, one clause per variable, without any value."""
+    clauses = []
+    for problem in error.errors(include_input=False, include_url=False, include_context=False):
+        message = problem["msg"].removeprefix("Value error, ")
+        where = "".join(PREFIX + str(part).upper() + ": " for part in problem["loc"][:1])
+        clauses.append(where + message)
+    return "; ".join(clauses)

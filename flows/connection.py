@@ -1,0 +1,48 @@
+"""Connect this process to the deployment's servers. Must run before Prefect is imported."""
+
+from __future__ import annotations
+
+import os
+import socket
+from urllib.parse import urlsplit
+
+from hydraopt.errors import ServiceError
+from infra.settings import Settings
+
+_CONNECT_TIMEOUT_S = 5.0
+
+
+def connect(*, verbose: bool = False) -> Settings:
+    """Settings of a deployment whose three servers answer, with Prefect and MLflow pointed at them.
+
+    Prefect keeps every log line of a flow run on its server; on the console only ``verbose`` shows them.
+
+    Raises:
+        ServiceError: If a server has no address or does not accept a connection within five seconds.
+    """
+    settings = Settings.load().require_services()
+    for name, address in (
+        ("object store", settings.s3_endpoint),
+        ("MLflow", settings.mlflow_uri),
+        ("Prefect", settings.prefect_api_url),
+    ):
+        _check_answers(name, str(address))
+    os.environ.update(settings.environment())
+    if not verbose:
+        os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    return settings
+
+
+def _check_answers(name: str, address: str) -> None:
+    """Refuse an address where nothing listens. Not a web address (an SQLite registry): nothing to try."""
+    parts = urlsplit(address)
+    if parts.scheme not in {"http", "https"} or parts.hostname is None:
+        return
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    try:
+        socket.create_connection((parts.hostname, port), timeout=_CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise ServiceError(
+            f"{name} does not answer at {address} ({error.strerror or error}): "
+            "start it with `hydraopt up`, or correct its address"
+        ) from None

@@ -1,0 +1,46 @@
+"""Files that are either whole or not there, whatever kills the process that writes them."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+
+@contextmanager
+def atomic_file(target: Path, mode: int = 0o644) -> Iterator[BinaryIO]:
+    """Open a temporary file beside ``target``; on success it is on disk and becomes ``target``.
+
+    On an exception ``target`` is as it was. The folder is made if it is missing.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+    temporary = Path(name)
+    try:
+        with os.fdopen(descriptor, "wb") as handle:
+            yield handle
+            handle.flush()
+            os.fsync(handle.fileno())
+        temporary.chmod(mode)
+        temporary.replace(target)
+        sync_folder(target.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_atomically(target: Path, content: bytes, mode: int = 0o644) -> None:
+    """Make ``content`` the content of ``target`` in one step."""
+    with atomic_file(target, mode) as handle:
+        handle.write(content)
+
+
+def sync_folder(folder: Path) -> None:
+    """Ask the disk to keep what was created, renamed or removed in ``folder``."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

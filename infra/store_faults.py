@@ -1,0 +1,69 @@
+"""What goes wrong between us and the object store, said so that the reader knows what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http import HTTPStatus
+
+from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
+from urllib3.exceptions import HTTPError
+
+from hydraopt.errors import ServiceError
+
+_REFUSED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}
+_REFUSED |= {"AllAccessDisabled", "AccountProblem", "Forbidden", "Unauthorized", "401", "403"}
+INTERRUPTED = (HTTPClientError, HTTPError, ConnectionError, TimeoutError)
+"""Errors of a connection that broke or never came to be, as boto3 and the stream below it raise them."""
+
+
+def code_of(error: ClientError) -> str:
+    """The store's own word for what is wrong, such as ``PreconditionFailed``; HEAD gives a number only."""
+    return str(error.response.get("Error", {}).get("Code", "")) or str(status_of(error))
+
+
+def status_of(error: ClientError) -> int:
+    """The HTTP status of an answer that is an error."""
+    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+
+
+@contextmanager
+def told_plainly(address: str, bucket: str, doing: str) -> Iterator[None]:
+    """Turn every error of the object store's client into a ServiceError without any secret.
+
+    Args:
+        address: The store's address, as the user gave it.
+        bucket: The bucket in use.
+        doing: What was being done, such as "reading bundles/chat/...".
+    """
+    try:
+        yield
+    except ClientError as error:
+        raise ServiceError(_answered(error, address, bucket, doing)) from error
+    except INTERRUPTED as error:
+        raise ServiceError(
+            f"the object store at {address} does not answer ({type(error).__name__} while {doing}): "
+            "start it with `hydraopt up`, or check HYDRAOPT_S3_ENDPOINT"
+        ) from error
+    except BotoCoreError as error:
+        # Such as no credentials at all. These messages describe our side and hold no key.
+        raise ServiceError(
+            f"the object store at {address} cannot be used while {doing}: {error}. "
+            "Check HYDRAOPT_S3_ACCESS_KEY and HYDRAOPT_S3_SECRET_KEY"
+        ) from error
+
+
+def _answered(error: ClientError, address: str, bucket: str, doing: str) -> str:
+    """One sentence for an answer that is an error: what it means and the way out."""
+    code, status = code_of(error), status_of(error)
+    if code in _REFUSED or status in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}:
+        return (
+            f"the object store at {address} refused our key while {doing} ({code}): check "
+            f"HYDRAOPT_S3_ACCESS_KEY and HYDRAOPT_S3_SECRET_KEY, and that the key may do this in bucket {bucket!r}"
+        )
+    if code == "NoSuchBucket":
+        return (
+            f"the object store at {address} has no bucket {bucket!r}: create it, or set HYDRAOPT_S3_BUCKET "
+            f"(found while {doing})"
+        )
+    return f"the object store at {address} failed while {doing}: {code} (HTTP {status}); look at its log"

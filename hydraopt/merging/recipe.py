@@ -23,13 +23,21 @@ class Recipe(BaseModel):
 
     method: Method = Field("hydraopt", description="Which families of factors may be used.")
     budget: float | None = Field(
-        None, gt=0, le=1, allow_inf_nan=False, description="Bundle bytes as a share of the input bytes, in (0, 1]."
+        None,
+        gt=0,
+        le=1,
+        allow_inf_nan=False,
+        description="Bundle bytes as a share of the input bytes, in (0, 1].",
     )
     max_error: float | None = Field(
         None, ge=0, lt=1, allow_inf_nan=False, description="Relative squared error that must not be exceeded."
     )
-    rank: int | None = Field(None, ge=1, description="Rows of the shared A' (`paper`) or rank per task (`separate`).")
-    heads: int | None = Field(None, ge=1, description="Number of dense heads M (`paper`); None is one per task.")
+    rank: int | None = Field(
+        None, ge=1, description="Rows of the shared A' (`paper`) or rank per task (`separate`)."
+    )
+    heads: int | None = Field(
+        None, ge=1, description="Number of dense heads M (`paper`); None is one per task."
+    )
     dtype: StoredDtype = Field("bfloat16", description="How the bundle stores its factors.")
     seed: int = Field(0, ge=0, description="Seed of every random choice.")
 
@@ -40,7 +48,9 @@ class Recipe(BaseModel):
         if len(given) != 1:
             raise ValueError(f"give exactly one of budget, max_error and rank; got {given or 'none'}")
         if self.rank is not None and self.method == "hydraopt":
-            raise ValueError("rank is for the methods 'paper' and 'separate'; 'hydraopt' takes budget or max_error")
+            raise ValueError(
+                "rank is for the methods 'paper' and 'separate'; 'hydraopt' takes budget or max_error"
+            )
         if self.heads is not None and self.method != "paper":
             raise ValueError(f"heads is for the method 'paper', not {self.method!r}")
         return self

@@ -1,0 +1,125 @@
+"""One safetensors file: checked when opened, read a tensor at a time, never unpickled.
+
+The ``safetensors`` library validates the header. Tensors are then read with ``pread`` into private
+memory: a memory map would count every page ever touched as resident, and a merge touches all of them.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from hydraopt.errors import HydraoptError
+
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies in the file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int  # bytes from the start of the file
+    size: int  # bytes
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers the tensor holds."""
+        return self.size // self.dtype.itemsize
+
+
+class TensorFile:
+    """A safetensors file whose header was checked; ``read`` gives one tensor in its own dtype.
+
+    Args:
+        path: The file.
+        error: Class of the error to raise, so that an adapter and a bundle each say what they are.
+
+    Raises:
+        HydraoptError: Of the given class, if the file is missing, is no safetensors file (a renamed
+            pickle, say), is cut short, or holds a dtype that is not a plain number.
+    """
+
+    def __init__(self, path: Path, error: type[HydraoptError]) -> None:
+        self.path = path
+        self._error = error
+        self.entries = _read_header(path, error)
+
+    def read(self, name: str) -> Tensor:
+        """The tensor ``name``, on the CPU, in the file's dtype, in memory of its own."""
+        entry = self.entries[name]
+        if entry.size == 0:
+            return torch.empty(entry.shape, dtype=entry.dtype)
+        buffer = bytearray(entry.size)
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(entry.begin)
+            got = 0
+            view = memoryview(buffer)
+            while got < entry.size:
+                count = file.readinto(view[got:])
+                if not count:
+                    raise self._error(f"{self.path}: the file was cut short while {name!r} was read")
+                got += count
+        return torch.frombuffer(buffer, dtype=entry.dtype).view(entry.shape)
+
+
+def _read_header(path: Path, error: type[HydraoptError]) -> dict[str, TensorEntry]:
+    if not path.is_file():
+        raise error(f"{path}: no such file")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        if start[:2] == b"PK" or start[:1] == b"\x80":
+            raise error(
+                f"{path}: this is a pickle with another name, not safetensors; it was not opened. {_SAVE_AGAIN}"
+            )
+        if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+            raise error(
+                f"{path}: not a safetensors file (its header claims {length} of {size} bytes). {_SAVE_AGAIN}"
+            )
+        header = file.read(length)
+    try:
+        with safe_open(path, framework="pt"):
+            pass  # the library checks offsets, overlaps and shapes against the file's length
+        entries = json.loads(header)
+    except (SafetensorError, ValueError, RuntimeError, OSError) as reason:
+        raise error(f"{path}: not a whole safetensors file ({reason}). {_SAVE_AGAIN}") from reason
+    entries.pop("__metadata__", None)
+    return {name: _entry(path, name, value, 8 + length, error) for name, value in sorted(entries.items())}
+
+
+_SAVE_AGAIN = "Save it again with `save_pretrained(..., safe_serialization=True)`."
+
+
+def _entry(
+    path: Path, name: str, value: dict[str, object], base: int, error: type[HydraoptError]
+) -> TensorEntry:
+    dtype = _DTYPES.get(str(value["dtype"]))
+    if dtype is None:
+        raise error(f"{path}: tensor {name!r} has dtype {value['dtype']}, which is not supported")
+    offsets = value["data_offsets"]
+    shape = value["shape"]
+    if not isinstance(offsets, list) or not isinstance(shape, list):
+        raise error(f"{path}: tensor {name!r} has a malformed header entry")
+    begin, end = offsets
+    return TensorEntry(dtype, tuple(shape), base + begin, end - begin)

@@ -130,6 +130,13 @@ class Bundle:
             if head
         }
 
+    def shared_rows(self) -> dict[str, Tensor]:
+        """A' (q, d_in) of every module that has one: the tensor all its heads multiply. Views, stored dtype."""
+        shared = _split(self.contents.shared, [shared_shapes(module) for module in self.manifest.modules])
+        return {
+            module.name: rows[0] for module, rows in zip(self.manifest.modules, shared, strict=True) if rows
+        }
+
     def extras(self, task: str) -> dict[str, Tensor]:
         """Whole-layer tensors of one task by their PEFT names, exactly as its adapter had them."""
         self._index(task)

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from hydraopt.adapters import Adapter, read_adapter
+from hydraopt.bundle.contents import Bundle, BundleContents, container_bytes, describe
 from hydraopt.bundle.layout import (
     SCHEMA,
     BaseModelEntry,
@@ -24,13 +25,11 @@ from hydraopt.bundle.layout import (
     head_shapes,
     shared_shapes,
 )
-from hydraopt.bundle.contents import Bundle, BundleContents, container_bytes, describe
 from hydraopt.errors import AdapterMismatchError, BudgetError
 from hydraopt.merging import separate, shared_a
 from hydraopt.merging.budget import (
     Choice,
     every_direction,
-    total_error,
     total_numbers,
     uniform,
     within_budget,

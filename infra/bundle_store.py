@@ -1,0 +1,120 @@
+"""Bundles in the object store: their files as blobs, their manifest, and which adapter set they came from."""
+
+from __future__ import annotations
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from pydantic import ValidationError
+
+import hydraopt
+from hydraopt.bundle.layout import MANIFEST_FILE, Manifest
+from hydraopt.errors import BundleError, RecordError
+from hydraopt.names import check_name
+from infra.blobs import BlobRef
+from infra.object_store import ObjectStore
+from infra.records import check_digest, create_json, create_record, manifest_key, read_json
+
+_UPLOADS = 4  # files sent at the same time
+
+
+def upload_bundle(store: ObjectStore, name: str, bundle_dir: Path) -> str:
+    """Store a bundle directory under ``name`` and record that it was merged; safe to repeat.
+
+    Returns:
+        The bundle's id.
+
+    Raises:
+        BundleError: If the directory is damaged, or changes while it is read.
+        RecordError: If the store holds something else where this bundle belongs.
+    """
+    check_name(name, "bundle name")
+    manifest = hydraopt.verify(bundle_dir)
+    data = (bundle_dir / MANIFEST_FILE).read_bytes()
+    bundle_id = hashlib.sha256(data).hexdigest()
+    with ThreadPoolExecutor(_UPLOADS) as pool:
+        paths = [bundle_dir / path for path in manifest.files()]
+        for path, stored, entry in zip(
+            paths, pool.map(store.put_blob, paths), manifest.files().values(), strict=True
+        ):
+            if stored != BlobRef(sha256=entry.sha256, bytes=entry.bytes):
+                raise BundleError(f"{path} changed while it was uploaded")
+    # After its files: where there is a manifest, there is a whole bundle.
+    key = manifest_key(name, bundle_id)
+    if not store.create(key, data):
+        read_manifest(store, name, bundle_id)
+    create_record(
+        store,
+        name,
+        bundle_id,
+        "merged",
+        {
+            "base_model": manifest.base_model.name,
+            "adapters": manifest.adapters,
+            "storage_ratio": manifest.storage_ratio,
+            "relative_error": manifest.relative_error,
+        },
+    )
+    return bundle_id
+
+
+def read_manifest(store: ObjectStore, name: str, bundle_id: str) -> Manifest:
+    """The manifest of a stored bundle, checked against its id; see :func:`read_manifest_bytes`."""
+    return parse_manifest(read_manifest_bytes(store, name, bundle_id), manifest_key(name, bundle_id))
+
+
+def read_manifest_bytes(store: ObjectStore, name: str, bundle_id: str) -> bytes:
+    """The very bytes whose SHA-256 is ``bundle_id``.
+
+    Raises:
+        RecordError: If the manifest is missing, or was changed.
+    """
+    key = manifest_key(name, bundle_id)
+    stored = store.read(key)
+    if stored is None:
+        raise RecordError(f"there is no bundle {bundle_id} named {name!r} in the store ({key} is missing)")
+    if hashlib.sha256(stored[0]).hexdigest() != bundle_id:
+        raise RecordError(f"{key} is not the manifest its name promises: it was damaged or tampered with")
+    return stored[0]
+
+
+def parse_manifest(data: bytes, source: str) -> Manifest:
+    """A manifest from its bytes.
+
+    Raises:
+        RecordError: If these are no manifest this version can read.
+    """
+    try:
+        return Manifest.model_validate_json(data)
+    except ValidationError as error:
+        raise RecordError(
+            f"{source} is no manifest this version can read ({error.error_count()} fields): is it newer?"
+        ) from error
+
+
+def claim_fingerprint(store: ObjectStore, name: str, fingerprint: str, bundle_id: str) -> str:
+    """Make ``bundle_id`` the bundle of an adapter set, unless the set has one; return the one it has.
+
+    Two merges of the same set may differ by rounding; the first one recorded is the one.
+    """
+    check_digest(bundle_id, "bundle id")
+    key = _fingerprint_key(name, fingerprint)
+    create_json(store, key, {"bundle_id": bundle_id})
+    return _fingerprint_bundle(store, key) or bundle_id
+
+
+def find_by_fingerprint(store: ObjectStore, name: str, fingerprint: str) -> str | None:
+    """Id of the bundle recorded for an adapter set, or None."""
+    return _fingerprint_bundle(store, _fingerprint_key(name, fingerprint))
+
+
+def _fingerprint_key(name: str, fingerprint: str) -> str:
+    return f"fingerprints/{check_name(name, 'bundle name')}/{check_digest(fingerprint, 'fingerprint')}.json"
+
+
+def _fingerprint_bundle(store: ObjectStore, key: str) -> str | None:
+    stored = read_json(store, key)
+    if stored is None:
+        return None
+    return check_digest(str(stored[0].content.get("bundle_id")), f"bundle id in {key}")

@@ -1,0 +1,129 @@
+"""Candidates: what was merged, where each stands, and the release manager's verbs."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from hydraopt.errors import RecordError
+from hydraopt.names import check_name
+from infra.approvals import approve, read_approval, reject, verify_approval
+from infra.bundle_store import claim_fingerprint, find_by_fingerprint, read_manifest, upload_bundle
+from infra.evidence import read_gate_report, write_evidence, write_gate_report
+from infra.object_store import ObjectStore
+from infra.records import State, read_record
+
+CandidateState = Literal["merged", "gated-failed", "awaiting-approval", "approved", "rejected", "published"]
+
+_SHORTEST_PREFIX = 4
+
+
+class CandidateStatus(BaseModel):
+    """Where one candidate stands, as its records tell; nothing is verified again here."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str = Field(description="Bundle name.")
+    bundle_id: str
+    state: CandidateState
+    version: int | None = Field(None, description="Number under which it was published.")
+    merged_at: str = Field(description="UTC time.")
+    tasks: tuple[str, ...] = Field(description="Task names.")
+    storage_ratio: float = Field(description="Bundle bytes over the adapters' bytes.")
+    mean_drop_percent: float | None = Field(None, description="Mean loss of the tasks' metrics, percent.")
+    failures: tuple[str, ...] = Field((), description="What the gates found wrong.")
+    decided_by: str | None = Field(None, description="Who approved or rejected it.")
+    reason: str | None = Field(None, description="Why it was rejected.")
+
+
+def list_candidates(store: ObjectStore, name: str | None = None) -> list[CandidateStatus]:
+    """Every candidate (of one bundle name), newest first.
+
+    Raises:
+        RecordError: If a record is damaged.
+    """
+    prefix = "records/" if name is None else f"records/{check_name(name, 'bundle name')}/"
+    states: defaultdict[tuple[str, str], set[str]] = defaultdict(set)
+    for key in store.keys(prefix):
+        parts = key.split("/")
+        if len(parts) == 4:
+            states[parts[1], parts[2]].add(re.split(r"[-.]", parts[3])[0])
+    found = [_status(store, *which, seen) for which, seen in states.items() if "merged" in seen]
+    return sorted(found, key=lambda one: (one.merged_at, one.bundle_id), reverse=True)
+
+
+def resolve(store: ObjectStore, id_prefix: str, name: str | None = None) -> tuple[str, str]:
+    """The bundle name and whole id of the one candidate whose id starts with ``id_prefix``.
+
+    Raises:
+        RecordError: If the prefix is too short or no hex, or none or several candidates match.
+    """
+    if not re.fullmatch(rf"[0-9a-f]{{{_SHORTEST_PREFIX},64}}", id_prefix):
+        raise RecordError(f"{id_prefix!r} is no bundle id: give {_SHORTEST_PREFIX} to 64 of 0-9 and a-f")
+    prefix = "records/" if name is None else f"records/{check_name(name, 'bundle name')}/"
+    parts = (key.split("/") for key in store.keys(prefix))
+    found = sorted({(one[1], one[2]) for one in parts if len(one) == 4 and one[2].startswith(id_prefix)})
+    if not found:
+        raise RecordError(f"no candidate's id starts with {id_prefix!r}: see `hydraopt candidates`")
+    if len(found) > 1:
+        names = ", ".join(f"{bundle}/{bundle_id[:16]}" for bundle, bundle_id in found[:5])
+        raise RecordError(f"{len(found)} candidates start with {id_prefix!r} ({names}): give more of the id")
+    return found[0]
+
+
+def _status(store: ObjectStore, name: str, bundle_id: str, seen: set[str]) -> CandidateStatus:
+    def content(state: State) -> dict[str, Any]:
+        record = read_record(store, name, bundle_id, state) if state in seen else None
+        return record.content if record else {}
+
+    merged, decided, published = content("merged"), content("decided"), content("published")
+    report = read_gate_report(store, name, bundle_id) if "gated" in seen else None
+    decision = decided.get("decision")
+    try:
+        return CandidateStatus(
+            name=name,
+            bundle_id=bundle_id,
+            state=_state(published, decision, None if report is None else report.passed),
+            version=published.get("version"),
+            merged_at=merged["time"],
+            tasks=tuple(sorted(merged["adapters"])),
+            storage_ratio=merged["storage_ratio"],
+            mean_drop_percent=report.mean_drop_percent if report else None,
+            failures=tuple(one.reason for one in report.verdicts if not one.passed) if report else (),
+            decided_by=decided.get("as"),
+            reason=content("rejected").get("reason"),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise RecordError(f"the records of bundle {bundle_id} of {name!r} are damaged") from error
+
+
+def _state(published: dict[str, Any], decision: Any, passed: bool | None) -> CandidateState:
+    if published:
+        return "published"
+    if decision in {"approved", "rejected"}:
+        return "approved" if decision == "approved" else "rejected"
+    if passed is None:
+        return "merged"
+    return "awaiting-approval" if passed else "gated-failed"
+
+
+__all__ = [
+    "CandidateState",
+    "CandidateStatus",
+    "approve",
+    "claim_fingerprint",
+    "find_by_fingerprint",
+    "list_candidates",
+    "read_approval",
+    "read_gate_report",
+    "read_manifest",
+    "reject",
+    "resolve",
+    "upload_bundle",
+    "verify_approval",
+    "write_evidence",
+    "write_gate_report",
+]

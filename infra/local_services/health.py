@@ -1,0 +1,129 @@
+"""Whether a service does real work: each check makes it read what it stores, as a client would."""
+
+from __future__ import annotations
+
+import json
+import time
+import urllib.error
+import urllib.request
+from datetime import datetime
+from typing import Any
+
+import boto3
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+
+_TIMEOUT_S = 3.0
+_RUNNER_SILENCE_S = 90.0
+"""The runner asks Prefect for work every few seconds; longer silence means that it hangs."""
+
+
+class UnhealthyError(Exception):
+    """Why a service is not healthy; never leaves this package."""
+
+
+def check_store(address: str, bucket: str, access_key: str, secret_key: str) -> None:
+    """Ask for the bucket with our own key: a store that is not ours refuses.
+
+    Raises:
+        UnhealthyError: If that fails.
+    """
+    client = boto3.client(
+        "s3",
+        endpoint_url=address,
+        aws_access_key_id=access_key,
+        aws_secret_access_key=secret_key,
+        region_name="us-east-1",
+        config=Config(
+            signature_version="s3v4",
+            s3={"addressing_style": "path"},
+            connect_timeout=_TIMEOUT_S,
+            read_timeout=_TIMEOUT_S,
+            retries={"total_max_attempts": 1},
+            proxies={},
+        ),
+    )
+    try:
+        client.head_bucket(Bucket=bucket)
+        client.list_objects_v2(Bucket=bucket, MaxKeys=1)
+    except ClientError as error:
+        code = error.response.get("Error", {}).get("Code", "?")
+        raise UnhealthyError(f"it answers {code} to a request for bucket {bucket!r}") from None
+    except BotoCoreError as error:
+        raise UnhealthyError(type(error).__name__) from None
+    finally:
+        client.close()
+
+
+def check_mlflow(address: str) -> None:
+    """Ask whether it is up, and for one registered model.
+
+    Raises:
+        UnhealthyError: If either fails.
+    """
+    _request(f"{address}/health")
+    answer = _json(f"{address}/api/2.0/mlflow/registered-models/search?max_results=1")
+    if not isinstance(answer, dict):
+        raise UnhealthyError("it answers, but not like MLflow")
+
+
+def check_prefect(address: str) -> None:
+    """Ask whether it is up, and for the number of flows.
+
+    Raises:
+        UnhealthyError: If either fails.
+    """
+    if _json(f"{address}/api/health") is not True:
+        raise UnhealthyError("it answers, but not like Prefect")
+    _json(f"{address}/api/flows/count", {})
+
+
+def check_runner(prefect_address: str, started: float) -> None:
+    """Ask Prefect whether the runner that began at ``started`` (seconds since 1970) has asked for work lately.
+
+    Raises:
+        UnhealthyError: If not, or Prefect does not answer.
+    """
+    deployments = _json(f"{prefect_address}/api/deployments/filter", {"limit": 200})
+    polls = [entry["last_polled"] for entry in deployments if entry.get("last_polled")]
+    latest = max((datetime.fromisoformat(poll).timestamp() for poll in polls), default=0.0)
+    if latest < max(started, time.time() - _RUNNER_SILENCE_S):
+        raise UnhealthyError("it has not asked Prefect for work yet")
+
+
+def check_elsewhere(address: str) -> None:
+    """Whether a server that is not ours to start answers at all; a refusal is an answer.
+
+    Raises:
+        UnhealthyError: If nothing answers, or with a server error.
+    """
+    try:
+        _request(address)
+    except UnhealthyError as error:
+        if not isinstance(error.__context__, urllib.error.HTTPError) or error.__context__.code >= 500:
+            raise
+
+
+def _json(url: str, body: Any = None) -> Any:
+    try:
+        return json.loads(_request(url, body))
+    except ValueError:
+        raise UnhealthyError(f"{url} does not answer with JSON") from None
+
+
+def _request(url: str, body: Any = None) -> bytes:
+    """The answer to a GET, or to a POST of ``body`` as JSON; never through a proxy."""
+    request = urllib.request.Request(url)  # noqa: S310  # an address of ours or from checked settings
+    if body is not None:
+        request.data = json.dumps(body).encode()
+        request.add_header("Content-Type", "application/json")
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(request, timeout=_TIMEOUT_S) as response:
+            content: bytes = response.read()
+    except urllib.error.HTTPError as error:
+        error.close()
+        raise UnhealthyError(f"{url} answers {error.code}") from error
+    except OSError as error:
+        raise UnhealthyError(f"{url}: {getattr(error, 'reason', error)}") from error
+    return content

@@ -1,0 +1,170 @@
+"""One start of the services: in parallel, each watched until it works."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from hydraopt.errors import ServiceError
+from infra.local_services import health, ports, processes
+from infra.local_services.definitions import PREFERRED_PORTS, SERVICES, Definition, define
+from infra.local_services.state import Record, Records
+
+Progress = Callable[[int, int, str], None]
+"""Called with how many services are ready, how many there are, and what happens now."""
+
+START_TIMEOUT_S = 180.0
+STOP_GRACE_S = 15.0
+
+_ATTEMPTS = 3  # another program may take a port between our look and the service's
+_POLL_S = 0.1
+_LARGEST_LOG = 10 * 1024 * 1024
+_LAST_LINES = 4096
+
+
+class Startup:
+    """One call of ``up``, holding the lock."""
+
+    def __init__(self, home: Path, wanted: list[str], progress: Progress, timeout_s: float) -> None:
+        self.home = home
+        self.waiting = wanted
+        self.total = len(wanted)
+        self.progress = progress
+        self.timeout_s = timeout_s
+        self.records = Records.read(home)
+        self.running: dict[str, Definition] = {}
+        self.deadlines: dict[str, float] = {}
+        self.attempts: dict[str, int] = {}
+
+    def run(self) -> None:
+        """Start what can be started, then look at each until all are healthy."""
+        self._tell(f"start {', '.join(self.waiting)}")
+        while self.waiting:
+            for name in list(self.waiting):
+                if name not in self.running and self._may_start(name):
+                    self._ensure(name)
+                if name in self.running and self._is_ready(name):
+                    self.waiting.remove(name)
+                    self._tell(f"{name} is ready")
+            if self.waiting:
+                time.sleep(_POLL_S)
+
+    def _may_start(self, name: str) -> bool:
+        """The runner uses the servers from its first second; those know nothing of each other."""
+        return name != "runner" or self.waiting == ["runner"]
+
+    def _ensure(self, name: str) -> None:
+        """Leave a living process that runs with what we want alone; replace anything else."""
+        record = self.records.get(name)
+        if processes.find(record.pid, record.started) is not None:
+            definition = define(self.home, name, record.ports)
+            if definition.digest == record.definition:
+                self._watch(definition)
+                return
+        self.records = stop_service(self.home, self.records, name, STOP_GRACE_S)
+        self._start(name)
+
+    def _start(self, name: str) -> None:
+        chosen = self._ports(name)
+        definition = define(self.home, name, chosen)
+        self.attempts[name] = self.attempts.get(name, 0) + 1
+        pid, started = processes.start(
+            definition.command,
+            environment=definition.environment,
+            folder=self.home,
+            log=_fresh_log(self.home, name),
+        )
+        record = Record(
+            address=definition.address, ports=chosen, pid=pid, started=started, definition=definition.digest
+        )
+        self.records = self.records.put(self.home, name, record)
+        self._watch(definition)
+
+    def _watch(self, definition: Definition) -> None:
+        self.running[definition.name] = definition
+        self.deadlines[definition.name] = time.monotonic() + self.timeout_s
+
+    def _ports(self, name: str) -> dict[str, int]:
+        """The recorded ports if they are all free, else the next free ones."""
+        taken = {
+            port for other in SERVICES if other != name for port in self.records.get(other).ports.values()
+        }
+        recorded = self.records.get(name).ports
+        preferred = recorded if recorded.keys() == PREFERRED_PORTS[name].keys() else PREFERRED_PORTS[name]
+        return ports.choose(preferred, taken, with_grpc=name == "store")
+
+    def _is_ready(self, name: str) -> bool:
+        """Whether the service is healthy.
+
+        Raises:
+            ServiceError: If it ended, or its time is over.
+        """
+        record = self.records.get(name)
+        if processes.find(record.pid, record.started) is None:
+            self._start_again(name)
+            return False
+        try:
+            self.running[name].check(record.started or 0.0)
+        except health.UnhealthyError as error:
+            if time.monotonic() > self.deadlines[name]:
+                raise self._failed(name, f"is not healthy after {self.timeout_s:.0f} s ({error})") from None
+            return False
+        return True
+
+    def _start_again(self, name: str) -> None:
+        """After an early end: once more if somebody else took a port meanwhile.
+
+        Raises:
+            ServiceError: If that was not the reason.
+        """
+        self.records = stop_service(self.home, self.records, name, STOP_GRACE_S)
+        stolen = not all(ports.is_free(port) for port in self.records.get(name).ports.values())
+        if not stolen or self.attempts.get(name, 0) >= _ATTEMPTS:
+            raise self._failed(name, "ended while starting")
+        self._start(name)
+
+    def _failed(self, name: str, what: str) -> ServiceError:
+        log = log_of(self.home, name)
+        return ServiceError(f"{name} {what}; its log is {log}{_last_line(log)}")
+
+    def _tell(self, what: str) -> None:
+        self.progress(self.total - len(self.waiting), self.total, what)
+
+
+def stop_service(home: Path, records: Records, name: str, grace_s: float) -> Records:
+    """Stop one service with all it started; returns what is now recorded.
+
+    Raises:
+        ServiceError: If something of it does not end.
+    """
+    record = records.get(name)
+    leader = processes.find(record.pid, record.started)
+    if not processes.stop(leader, processes.mark(home, name), grace_s=grace_s):
+        raise ServiceError(f"{name} (process {record.pid}) does not end, not even by SIGKILL")
+    return records if record == record.stopped() else records.put(home, name, record.stopped())
+
+
+def log_of(home: Path, name: str) -> Path:
+    """The log of one service."""
+    return home / "logs" / f"{name}.log"
+
+
+def _fresh_log(home: Path, name: str) -> Path:
+    """The log to append to; a long one is put aside first, one generation is kept."""
+    log = log_of(home, name)
+    if log.exists() and log.stat().st_size > _LARGEST_LOG:
+        log.replace(log.with_suffix(".log.1"))
+    return log
+
+
+def _last_line(log: Path) -> str:
+    """The last line that says something, ready to append to a message."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - _LAST_LINES))
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError:
+        return ""
+    last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+    return f", which ends with: {''.join(c for c in last if c.isprintable())[:300]}" if last else ""

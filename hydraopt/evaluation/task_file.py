@@ -18,7 +18,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -39,6 +38,7 @@ from hydraopt.evaluation.rows import (
     read_json_lines,
     rows_digest,
 )
+from hydraopt.evaluation.yaml_file import explain, read_yaml
 from hydraopt.names import check_task_name
 
 Split = Literal["train", "validation", "test"]
@@ -50,7 +50,6 @@ METRICS_OF_KIND: dict[Kind, tuple[MetricName, ...]] = {
 }
 """The metrics that make sense for each kind of task."""
 _DEFAULT_METRIC: dict[Kind, MetricName] = {"classification": "accuracy", "generation": "rouge_l"}
-_MAX_FILE_BYTES = 1_000_000
 
 Words = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=500)]
 Language = Annotated[str, StringConstraints(pattern=r"^[A-Za-z]{2,3}(-[A-Za-z0-9]{2,8})*$")]
@@ -183,9 +182,9 @@ class TaskFile(_Strict):
         """
         path = Path(path)
         try:
-            task = cls.model_validate(_read_yaml(path))
+            task = cls.model_validate(read_yaml(path))
         except ValidationError as reason:
-            raise TaskFileError(f"{path}: {_explain(reason)}") from reason
+            raise TaskFileError(f"{path}: {explain(reason)}") from reason
         if task.data.hub is None and task.data.test is None:
             raise TaskFileError(f"{path}: data.test is missing: give a file of test rows, or data.hub")
         task._folder = path.parent  # noqa: SLF001 - our own
@@ -201,7 +200,7 @@ class TaskFile(_Strict):
         try:
             return cls.model_validate({"data": {}, **definition})
         except (ValidationError, TypeError) as reason:
-            detail = _explain(reason) if isinstance(reason, ValidationError) else str(reason)
+            detail = explain(reason) if isinstance(reason, ValidationError) else str(reason)
             raise TaskFileError(f"stored task definition: {detail}") from reason
 
     def definition(self) -> dict[str, Any]:
@@ -259,51 +258,3 @@ class TaskFile(_Strict):
         if hub is not None:
             return read_hub_split(hub.name, hub.config, hub.revision, source)
         return read_json_lines(self._folder / source)
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys without a word; we refuse them."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if isinstance(key, str) and keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands twice", node.start_mark
-                )
-        return super().construct_mapping(node, deep=deep)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > _MAX_FILE_BYTES:
-            raise TaskFileError(f"{path}: {path.stat().st_size:,} bytes is no task file")
-        value = yaml.load(path.read_bytes(), Loader=_UniqueKeyLoader)  # noqa: S506 - a SafeLoader
-    except OSError as reason:
-        raise TaskFileError(f"{path}: cannot be read ({reason.strerror})") from reason
-    except (yaml.YAMLError, ValueError, RecursionError) as reason:
-        raise TaskFileError(f"{path}: not YAML: {' '.join(str(reason).split())}") from reason
-    if not isinstance(value, dict):
-        raise TaskFileError(f"{path}: expected `key: value` lines, found {type(value).__name__}")
-    return value
-
-
-def _explain(reason: ValidationError) -> str:
-    """Every fault in one line each: field, what is wrong, the value found."""
-    return "; ".join(_explain_one(dict(error)) for error in reason.errors(include_url=False))
-
-
-def _explain_one(error: dict[str, Any]) -> str:
-    field = ".".join(str(part) for part in error["loc"]) or "the task"
-    if error["type"] == "missing":
-        return f"{field} is missing"
-    if error["type"] == "extra_forbidden":
-        return f"{field} is not a known key"
-    message = str(error["msg"]).removeprefix("Value error, ")
-    value = error["input"]
-    if not error["loc"] or isinstance(value, dict):
-        return f"{field}: {message}"
-    shown = repr(value)
-    shown = shown if len(shown) <= 80 else f"{shown[:79]}…"
-    hint = "; YAML reads yes, no, on, off and bare numbers as values, so put it in quotes"
-    return f"{field}: {message}, found {shown}{hint if error['type'] == 'string_type' else ''}"

@@ -1,0 +1,66 @@
+"""YAML files people write: read strictly, with errors that name the file, the field and the value."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from hydraopt.errors import TaskFileError
+
+_MAX_FILE_BYTES = 1_000_000
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """PyYAML keeps the last of two equal keys without a word; we refuse them."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if isinstance(key, str) and keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands twice", node.start_mark
+                )
+        return super().construct_mapping(node, deep=deep)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping a YAML file holds.
+
+    Raises:
+        TaskFileError: If it cannot be read, is not YAML, names a key twice, or holds no mapping.
+    """
+    try:
+        if path.stat().st_size > _MAX_FILE_BYTES:
+            raise TaskFileError(f"{path}: {path.stat().st_size:,} bytes is too large for a file of settings")
+        value = yaml.load(path.read_bytes(), Loader=_UniqueKeyLoader)  # noqa: S506 - a SafeLoader
+    except OSError as reason:
+        raise TaskFileError(f"{path}: cannot be read ({reason.strerror})") from reason
+    except (yaml.YAMLError, ValueError, RecursionError) as reason:
+        raise TaskFileError(f"{path}: not YAML: {' '.join(str(reason).split())}") from reason
+    if not isinstance(value, dict):
+        raise TaskFileError(f"{path}: expected `key: value` lines, found {type(value).__name__}")
+    return value
+
+
+def explain(reason: ValidationError) -> str:
+    """Every fault in one line: field, what is wrong, the value found."""
+    return "; ".join(_explain_one(dict(error)) for error in reason.errors(include_url=False))
+
+
+def _explain_one(error: dict[str, Any]) -> str:
+    field = ".".join(str(part) for part in error["loc"]) or "the file"
+    if error["type"] == "missing":
+        return f"{field} is missing"
+    if error["type"] == "extra_forbidden":
+        return f"{field} is not a known key"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    value = error["input"]
+    if not error["loc"] or isinstance(value, dict):
+        return f"{field}: {message}"
+    shown = repr(value)
+    shown = shown if len(shown) <= 80 else f"{shown[:79]}…"
+    hint = "; YAML reads yes, no, on, off and bare numbers as values, so put it in quotes"
+    return f"{field}: {message}, found {shown}{hint if error['type'] == 'string_type' else ''}"

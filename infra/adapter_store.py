@@ -1,4 +1,4 @@
-"""Adapter versions: files as blobs, and one record per version under ``adapters/<base>/<task>/<digest>.json``."""
+"""Adapter versions: files as blobs, one record per version in ``adapters/<base>/<task>/<digest>.json``."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ Trusted = Mapping[str, Ed25519PublicKey]
 
 
 def approve(
-    store: ObjectStore, name: str, bundle_id: str, who: str, key: Ed25519PrivateKey, trusted: Trusted
+    store: ObjectStore, name: str, bundle_id: str, who: str, key: Ed25519PrivateKey, *, trusted: Trusted
 ) -> dict[str, Any]:
     """Record that ``who`` approves a candidate whose gates passed; safe to repeat.
 

@@ -1,4 +1,4 @@
-"""A blob is named by its content: ``blobs/sha256/<hex>``. Nothing that is stored under a name ever changes."""
+"""A blob is named by its content: ``blobs/sha256/<hex>``. What is stored under a name never changes."""
 
 from __future__ import annotations
 

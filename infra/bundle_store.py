@@ -6,9 +6,8 @@ import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from pydantic import ValidationError
-
 import hydraopt
+from hydraopt.bundle.contents import parse_manifest
 from hydraopt.bundle.layout import MANIFEST_FILE, Manifest
 from hydraopt.errors import BundleError, RecordError
 from hydraopt.names import check_name
@@ -77,20 +76,6 @@ def read_manifest_bytes(store: ObjectStore, name: str, bundle_id: str) -> bytes:
     if hashlib.sha256(stored[0]).hexdigest() != bundle_id:
         raise RecordError(f"{key} is not the manifest its name promises: it was damaged or tampered with")
     return stored[0]
-
-
-def parse_manifest(data: bytes, source: str) -> Manifest:
-    """A manifest from its bytes.
-
-    Raises:
-        RecordError: If these are no manifest this version can read.
-    """
-    try:
-        return Manifest.model_validate_json(data)
-    except ValidationError as error:
-        raise RecordError(
-            f"{source} is no manifest this version can read ({error.error_count()} fields): is it newer?"
-        ) from error
 
 
 def claim_fingerprint(store: ObjectStore, name: str, fingerprint: str, bundle_id: str) -> str:

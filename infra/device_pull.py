@@ -1,7 +1,7 @@
 """What a device does: fetch what changed of the bundle a channel shows, verify it, switch to it in one step.
 
-``out`` is a symbolic link into ``.<out>.bundles/``, where each bundle is a folder named by its id. Whatever kills a
-pull, ``out`` leads to a whole bundle, and the next pull goes on with the files that had arrived.
+``out`` is a symbolic link into ``.<out>.bundles/``, where each bundle is a folder named by its id. Whatever kills
+a pull, ``out`` leads to a whole bundle, and the next pull goes on with the files that had arrived.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field
 
 import hydraopt
+from hydraopt.bundle.contents import parse_manifest
 from hydraopt.bundle.layout import MANIFEST_FILE, FileEntry
 from hydraopt.errors import HydraoptError, RecordError, ServiceError
 from infra.approvals import Trusted, read_approval
 from infra.atomic_files import sync_folder, write_atomically
 from infra.blobs import BlobRef, measure
-from infra.bundle_store import parse_manifest, read_manifest_bytes
+from infra.bundle_store import read_manifest_bytes
 from infra.channels import live
 from infra.object_store import ObjectStore
 from infra.publishing import read_version
@@ -57,6 +58,7 @@ def pull(
     channel: str,
     out: Path,
     trusted: Trusted,
+    *,
     progress: Progress | None = None,
 ) -> Pulled:
     """Make ``out`` the bundle that ``channel`` shows. Needs no more than reading rights on the store.
@@ -112,7 +114,7 @@ def _home_of(out: Path) -> Iterator[Path]:
             f"{out} exists and did not come from a pull: choose another place, or move it away"
         )
     home = out.parent / f".{out.name}.bundles"
-    if out.is_symlink() and Path(os.readlink(out)).parent != Path(home.name):
+    if out.is_symlink() and out.readlink().parent != Path(home.name):
         raise HydraoptError(f"{out} is a link that no pull made: choose another place, or remove it")
     home.mkdir(parents=True, exist_ok=True)
     try:
@@ -128,7 +130,7 @@ def _current(out: Path, home: Path) -> str | None:
     """Id of the bundle that ``out`` leads to, if there is one."""
     if not out.is_symlink():
         return None
-    bundle_id = Path(os.readlink(out)).name
+    bundle_id = out.readlink().name
     return bundle_id if (home / bundle_id).is_dir() else None
 
 
@@ -160,6 +162,7 @@ def _gather(
     store: ObjectStore, home: Path, staging: Path, files: dict[str, FileEntry], progress: Progress
 ) -> dict[str, FileEntry]:
     """Put every file into ``staging``, from a bundle that is here if one has it; return those fetched."""
+    _remove_strays(staging, files)
     here = _files_here(home)
     missing = {path: entry for path, entry in files.items() if not _take(here, staging / path, entry)}
     done = len(files) - len(missing)
@@ -174,6 +177,13 @@ def _gather(
             done += 1
             progress(done, len(files), "fetch bundle")
     return missing
+
+
+def _remove_strays(staging: Path, files: dict[str, FileEntry]) -> None:
+    """Remove what a killed pull left half-written."""
+    for path in list(staging.rglob("*")):
+        if path.is_symlink() or (path.is_file() and str(path.relative_to(staging)) not in files):
+            path.unlink()
 
 
 def _files_here(home: Path) -> dict[int, list[Path]]:

@@ -49,7 +49,7 @@ def write_evidence(
     Args:
         store: Where.
         name: Bundle name.
-        bundle_id: Bundle id; its tasks are those that count. One that is missing below counts as not measured.
+        bundle_id: Bundle id; its tasks are those that count, and one missing below counts as not measured.
         own: By task, its own adapter.
         merged: By task, the bundle.
 
@@ -94,6 +94,12 @@ def write_gate_report(store: ObjectStore, name: str, bundle_id: str, rules: Gate
     return parse_judgement(
         append_record(store, name, bundle_id, "gated", content, unless_same=unless_same)
     ).report
+
+
+def read_evidence(store: ObjectStore, name: str, bundle_id: str) -> Evidence | None:
+    """The newest measurements of a candidate; None if there are none yet."""
+    record = latest_record(store, name, bundle_id, "evaluated")
+    return _evidence(record) if record else None
 
 
 def read_gate_report(store: ObjectStore, name: str, bundle_id: str) -> GateReport | None:

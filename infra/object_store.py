@@ -1,41 +1,38 @@
 """The object store: blobs named by their content, and small records that are created once.
 
-Any S3 server will do that honours ``If-None-Match``, ``If-Match`` and SHA-256 checksums; :meth:`ObjectStore.self_test`
-refuses one that does not, because then two publishers could both win.
+Any S3 server will do that honours ``If-None-Match``, ``If-Match`` and SHA-256 checksums;
+:meth:`ObjectStore.self_test` refuses one that does not, because then two publishers could both win.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
-import ipaddress
 import secrets
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from http import HTTPStatus
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any
 
-import boto3
-from botocore.config import Config
 from botocore.exceptions import ClientError
 
 from hydraopt.errors import RecordError, ServiceError
 from infra.atomic_files import atomic_file
-from infra.blobs import BlobRef, Measured, composite_checksum, measure
+from infra.blob_upload import agrees, upload
+from infra.blobs import BlobRef, Measured, measure
 from infra.settings import Settings
+from infra.store_client import ATTEMPTS, make_client
 from infra.store_faults import INTERRUPTED, code_of, status_of, told_plainly
 
 if TYPE_CHECKING:
-    from mypy_boto3_s3 import S3Client
-    from mypy_boto3_s3.type_defs import CompletedPartTypeDef, HeadObjectOutputTypeDef
+    from mypy_boto3_s3.type_defs import HeadObjectOutputTypeDef
 
 LARGEST_RECORD = 32 * 2**20
 """Records are small JSON; a bigger one is damage or an attack. Bytes."""
 
 _CHUNK = 2**20
-_ATTEMPTS = 3
 _CONFLICTS = 6  # how often to try again when the store says that somebody else is writing right now
 
 
@@ -56,7 +53,7 @@ class ObjectStore:
         self.address = settings.s3_endpoint
         self.bucket = settings.s3_bucket
         with told_plainly(self.address, self.bucket, "connecting"):
-            self._client = _client(settings, self.address)
+            self._client = make_client(settings, self.address)
 
     # Blobs
 
@@ -75,15 +72,23 @@ class ObjectStore:
         content = measure(source)
         with self._doing(f"storing {content.ref.key}"):
             if self._head(content.ref.key) is None:
-                self._conditionally(lambda: self._upload(source, content))
+                self._conditionally(lambda: upload(self._client, self.bucket, source, content))
             self._check_stored(content)
         return content.ref
 
     def exists_blob(self, ref: BlobRef) -> bool:
-        """Whether the blob is stored with the right size and, where the store tells it, the right checksum."""
+        """Whether the blob is stored whole: the right size and checksum; read back where the store keeps none.
+
+        Of a blob uploaded in parts the store keeps a checksum of checksums: there the size decides.
+        """
         with self._doing(f"looking for {ref.key}"):
             head = self._head(ref.key)
-        return head is not None and _agrees(head, Measured(ref, ())) is not False
+        if head is None:
+            return False
+        same = agrees(head, Measured(ref, ()))
+        if same is None:
+            return "-" in head.get("ChecksumSHA256", "") or self._reads_back(ref)
+        return same
 
     def fetch_blob(self, ref: BlobRef, target: Path) -> None:
         """Write the blob to ``target``, which appears whole and with the right SHA-256, or not at all.
@@ -119,7 +124,7 @@ class ObjectStore:
             )
 
     def replace(self, key: str, data: bytes, etag: str) -> bool:
-        """Replace ``key`` if it is still the one with ``etag``; else False, also as told in :meth:`create`."""
+        """Replace ``key`` if it still has ``etag``; else False, with the caveat of :meth:`create`."""
         with self._doing(f"replacing {key}"):
             return self._conditionally(
                 lambda: self._client.put_object(
@@ -133,12 +138,12 @@ class ObjectStore:
         Raises:
             RecordError: If it is larger than a record may be.
         """
-        for attempt in range(_ATTEMPTS):
+        for attempt in range(ATTEMPTS):
             with self._doing(f"reading {key}"):
                 try:
                     return self._read_once(key)
                 except INTERRUPTED:
-                    if attempt == _ATTEMPTS - 1:
+                    if attempt == ATTEMPTS - 1:
                         raise
         return None
 
@@ -208,7 +213,7 @@ class ObjectStore:
 
     # Requests
 
-    def _doing(self, what: str) -> Any:
+    def _doing(self, what: str) -> AbstractContextManager[None]:
         return told_plainly(self.address, self.bucket, what)
 
     def _conditionally(self, request: Callable[[], object]) -> bool:
@@ -247,60 +252,25 @@ class ObjectStore:
                 return None
             raise
 
-    def _upload(self, source: Path | bytes, content: Measured) -> None:
-        if content.parts and isinstance(source, Path):
-            self._upload_parts(source, content)
-        elif isinstance(source, Path):
-            with source.open("rb") as handle:
-                self._upload_whole(handle, content.ref)
-        else:
-            self._upload_whole(source, content.ref)
-
-    def _upload_whole(self, body: BinaryIO | bytes, ref: BlobRef) -> None:
-        checksum = base64.b64encode(bytes.fromhex(ref.sha256)).decode()
-        self._client.put_object(
-            Bucket=self.bucket, Key=ref.key, Body=body, IfNoneMatch="*", ChecksumSHA256=checksum
-        )
-
-    def _upload_parts(self, source: Path, content: Measured) -> None:
-        """Upload in parts; the object appears when the last request completes, if nobody was faster.
-
-        boto3's own ``upload_file`` cannot send ``If-None-Match``, hence by hand.
-        """
-        target: Any = {"Bucket": self.bucket, "Key": content.ref.key}
-        target["UploadId"] = self._client.create_multipart_upload(**target, ChecksumAlgorithm="SHA256")[
-            "UploadId"
-        ]
-        try:
-            parts: list[CompletedPartTypeDef] = []
-            with source.open("rb") as handle:
-                for number, part in enumerate(content.parts, start=1):
-                    checksum = base64.b64encode(part.sha256).decode()
-                    handle.seek(part.start)
-                    done = self._client.upload_part(
-                        **target, PartNumber=number, Body=handle.read(part.length), ChecksumSHA256=checksum
-                    )
-                    parts.append({"PartNumber": number, "ETag": done["ETag"], "ChecksumSHA256": checksum})
-            self._client.complete_multipart_upload(
-                **target, MultipartUpload={"Parts": parts}, IfNoneMatch="*"
-            )
-        except BaseException:
-            self._client.abort_multipart_upload(**target)
-            raise
-
     def _check_stored(self, content: Measured) -> None:
         """Refuse to go on if the store does not hold exactly this content."""
         ref, head = content.ref, self._head(content.ref.key)
-        agrees = None if head is None else _agrees(head, content)
-        if agrees is None and head is not None:
-            # A store that keeps no checksum we can compare: read everything back.
+        same = False if head is None else agrees(head, content)
+        if same or (same is None and self._reads_back(ref)):
+            return
+        raise RecordError(
+            f"{ref.key} in bucket {self.bucket!r} does not hold the bytes its name promises: it was "
+            "damaged or tampered with. Find out why, delete that object, then run this again"
+        )
+
+    def _reads_back(self, ref: BlobRef) -> bool:
+        """Whether what is stored is right, by reading all of it."""
+        try:
             for _ in self._verified(ref):
                 pass
-        elif not agrees:
-            raise RecordError(
-                f"{ref.key} in bucket {self.bucket!r} does not hold the bytes its name promises: it was "
-                "damaged or tampered with. Find out why, delete that object, then run this again"
-            )
+        except RecordError:
+            return False
+        return True
 
     def _verified(self, ref: BlobRef) -> Iterator[bytes]:
         """The blob's bytes; raises before the end if they are not the right ones.
@@ -320,7 +290,7 @@ class ObjectStore:
                         yield chunk
                 except INTERRUPTED:
                     attempts = attempts + 1 if done == before else 1
-                    if attempts >= _ATTEMPTS:
+                    if attempts >= ATTEMPTS:
                         raise
                     continue
             break
@@ -342,51 +312,8 @@ class ObjectStore:
             yield from body.iter_chunks(_CHUNK)
 
 
-def _client(settings: Settings, address: str) -> S3Client:
-    """A client whose requests fail within ``settings.service_timeout_s`` plus about three seconds of pauses."""
-    timeout_s = settings.service_timeout_s / _ATTEMPTS
-    key = settings.s3_secret_key
-    config = Config(
-        signature_version="s3v4",  # presigned addresses default to the older, weaker one
-        connect_timeout=min(5.0, timeout_s),
-        read_timeout=timeout_s,
-        retries={"total_max_attempts": _ATTEMPTS, "mode": "standard"},
-        request_checksum_calculation=settings.s3_checksums,
-        response_checksum_validation=settings.s3_checksums,
-        max_pool_connections=32,
-        proxies={} if _is_loopback(address) else None,  # a proxy cannot reach our own machine
-        s3={"addressing_style": "path"},  # "bucket.127.0.0.1" is no host name
-    )
-    session = boto3.session.Session(
-        aws_access_key_id=settings.s3_access_key,
-        aws_secret_access_key=key.get_secret_value() if key else None,
-        region_name=settings.s3_region,
-    )
-    return session.client("s3", endpoint_url=address, config=config)
-
-
-def _is_loopback(address: str) -> bool:
-    host = urlsplit(address).hostname or ""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 def _checksum(data: bytes) -> str:
     return base64.b64encode(hashlib.sha256(data).digest()).decode()
-
-
-def _agrees(head: HeadObjectOutputTypeDef, content: Measured) -> bool | None:
-    """Whether a stored object is this content; None if the store keeps nothing that tells."""
-    if head["ContentLength"] != content.ref.bytes:
-        return False
-    stored = head.get("ChecksumSHA256")
-    if stored and "-" not in stored:
-        return base64.b64decode(stored).hex() == content.ref.sha256
-    if stored and content.parts and stored.endswith(f"-{len(content.parts)}"):
-        return stored == composite_checksum(content.parts)
-    return None
 
 
 __all__ = ["LARGEST_RECORD", "BlobRef", "ObjectStore"]

@@ -77,7 +77,7 @@ def publish(
     if newest is None:
         raise RecordError(f"channel {channel!r} of {name!r} vanished: its log must never be removed")
     create_record(store, name, bundle_id, "published", {"version": version, "channel": channel})
-    return _result(name, channel, version, bundle_id, before, newest)
+    return _result(name, channel, version, bundle_id, before=before, newest=newest)
 
 
 def rollback(
@@ -117,7 +117,7 @@ def rollback(
 
     after = move(store, name, channel, next_move) or newest
     _record_rollback(store, name, channel, after)
-    return _result(name, channel, version, bundle_id, newest, after)
+    return _result(name, channel, version, bundle_id, before=newest, newest=after)
 
 
 def rollback_target(store: ObjectStore, name: str, channel: str) -> int:
@@ -234,7 +234,7 @@ def _record_rollback(store: ObjectStore, name: str, channel: str, newest: Move) 
 
 
 def _result(
-    name: str, channel: str, version: int, bundle_id: str, before: Move | None, newest: Move
+    name: str, channel: str, version: int, bundle_id: str, *, before: Move | None, newest: Move
 ) -> Published:
     return Published(
         name=name,

@@ -1,7 +1,7 @@
 """Records: small JSON objects in the store that are created once and never changed.
 
-``records/<name>/<id>/<state>.json`` tells that a bundle reached a state. Where something may be said again, for
-another reason (a new measurement, other gates, a second signature), the next one is ``<state>-000002.json``.
+``records/<name>/<id>/<state>.json`` tells that a bundle reached a state. Where something may be said again for
+another reason (a new measurement, other gates, a second signature), the next is ``<state>-000002.json``.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def record_key(name: str, bundle_id: str, state: str, number: int = 1) -> str:
 
 
 def now() -> str:
-    """This moment in UTC, to the second, as records state it."""
+    """The present moment in UTC, to the second, as records state it."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
@@ -128,10 +128,8 @@ def read_records(store: ObjectStore, name: str, bundle_id: str, state: State) ->
 
 def latest_record(store: ObjectStore, name: str, bundle_id: str, state: State) -> Record | None:
     """A bundle's newest record of a state, or None."""
-    newest = None
-    for newest in read_records(store, name, bundle_id, state):
-        pass
-    return newest
+    known = list(read_records(store, name, bundle_id, state))
+    return known[-1] if known else None
 
 
 def append_record(

@@ -59,7 +59,7 @@ def _answered(error: ClientError, address: str, bucket: str, doing: str) -> str:
     if code in _REFUSED or status in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}:
         return (
             f"the object store at {address} refused our key while {doing} ({code}): check "
-            f"HYDRAOPT_S3_ACCESS_KEY and HYDRAOPT_S3_SECRET_KEY, and that the key may do this in bucket {bucket!r}"
+            f"HYDRAOPT_S3_ACCESS_KEY and HYDRAOPT_S3_SECRET_KEY, and what the key may do in bucket {bucket!r}"
         )
     if code == "NoSuchBucket":
         return (

@@ -7,7 +7,6 @@ from typing import Any
 
 from prefect import flow
 
-from hydraopt.evaluation.task_file import TaskFile
 from hydraopt.training.finetune import training_key
 from infra.settings import Settings
 from tasks.adapters import (
@@ -18,9 +17,11 @@ from tasks.adapters import (
     register_adapter,
     train_adapter,
 )
+from tasks.artifacts import show_adapter
+from tasks.jobs import job_from_file
 
 
-@flow(name="finetune-task", flow_run_name="finetune {task_file}")
+@flow(name="finetune-task", flow_run_name="finetune {task_file.stem}")
 def finetune_task(task_file: Path) -> dict[str, Any]:
     """Train an adapter for a task, measure it, store it and make it the serving one.
 
@@ -31,20 +32,21 @@ def finetune_task(task_file: Path) -> dict[str, Any]:
         task_file: Absolute path of the task file on the machine that runs this flow.
     """
     settings = Settings.load().require_services()
-    task = TaskFile.load(task_file)
+    job = job_from_file(task_file)
 
-    version = find_trained(settings, task)
+    version = find_trained(settings, job.task)
     trained = version is None
     if version is None:
-        folder = train_adapter(settings, task)
+        folder = train_adapter(settings, job.task)
         version = keep_adapter(
             settings,
-            task.name,
+            job.task.name,
             folder,
-            task=task,
-            evaluation=evaluate_own(task, folder),
+            job=job,
+            evaluation=evaluate_own(job, folder),
             source=f"finetune {task_file.name}",
-            trained_as=training_key(task),
+            trained_as=training_key(job.task),
         )
-    number = register_adapter(settings, version)
-    return {**describe_version(version), "version": number, "trained": trained}
+    result = {**describe_version(version, register_adapter(settings, version)), "trained": trained}
+    show_adapter(result)
+    return result

@@ -1,4 +1,4 @@
-"""The flow ``ingest-adapter``: an adapter trained elsewhere becomes a serving adapter version."""
+"""The flow ``ingest-adapter``: an adapter made elsewhere becomes a serving adapter version."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from typing import Any
 
 from prefect import flow, get_run_logger
 
-from hydraopt.evaluation.task_file import TaskFile
 from hydraopt.names import check_task_name
 from infra.settings import Settings
 from tasks.adapters import (
     check_adapter,
     describe_version,
-    earlier_job,
     evaluate_own,
-    fetch_source,
+    find_stored,
     keep_adapter,
     register_adapter,
 )
+from tasks.artifacts import show_adapter
+from tasks.jobs import job_from_file, serving_job
+from tasks.sources import fetch_source
 
 
 @flow(name="ingest-adapter", flow_run_name="ingest {task}")
@@ -29,12 +30,27 @@ def ingest_adapter(source: str, task: str, task_file: Path | None = None) -> dic
         source: A folder, or ``s3://bucket/prefix``, with ``adapter_config.json`` and
             ``adapter_model.safetensors``.
         task: Name of the task it does.
-        task_file: The task's file; None uses what an earlier version of the task was registered with.
+        task_file: The task's file; None uses what the task's serving version was registered with.
             Without either the adapter is stored, but no bundle with it passes the gates.
     """
-    settings = Settings.load().require_services()
     check_task_name(task)
+    settings = Settings.load().require_services()
 
     folder = fetch_source(settings, source)
     adapter = check_adapter(folder)
-    job = TaskFile.load(task_file) if task_file else earlier_job(settings, adapter.base_model, task)
+    known = find_stored(settings, adapter, task)
+    job = job_from_file(task_file, task) if task_file else serving_job(settings, adapter.base_model, task)
+    if job is None:
+        get_run_logger().warning("no evaluation data for %s: its bundle will fail the gates", task)
+
+    version = keep_adapter(
+        settings,
+        task,
+        folder,
+        job=job,
+        evaluation=evaluate_own(job, folder, known) if job else None,
+        source=source,
+    )
+    result = {**describe_version(version, register_adapter(settings, version)), "known": known is not None}
+    show_adapter(result)
+    return result

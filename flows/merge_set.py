@@ -9,53 +9,64 @@ from prefect import flow
 from infra.settings import Settings
 from tasks.artifacts import show_gates
 from tasks.candidates import (
-    claim_candidate,
     find_candidate,
-    find_gate_report,
     judge_candidate,
-    record_candidate,
+    keep_evidence,
+    needs_measuring,
+    show_candidate,
+    upload_candidate,
 )
-from tasks.desired import find_spec, read_desired
+from tasks.desired import DesiredSet, find_desired, read_desired
 from tasks.merging import (
     bundle_folder,
+    evaluate_alone,
     evaluate_merged,
-    evaluate_missing,
-    fetch_adapters,
+    fetch_version,
     merge_adapters,
     only_merge_on_this_host,
 )
 
 
-@flow(name="merge-set", flow_run_name="merge-set {bundle}")
+@flow(name="merge-set", flow_run_name="merge {bundle}")
 def merge_set(bundle: str) -> dict[str, Any]:
     """Merge what serves now, measure every task, judge the gates, and leave a candidate.
 
-    It reads the registry itself: what started it may be long out of date. Every step looks first for what
-    is already recorded under the set's fingerprint, so a second run does only what the first did not.
+    It reads the registry itself: what started it may be long out of date. Every step first looks at what is
+    recorded under the set's fingerprint, so a second run does only what the first one did not.
 
     Args:
         bundle: Name of the bundle.
     """
     settings = Settings.load().require_services()
     with only_merge_on_this_host(settings):
-        spec = find_spec(settings, bundle)
-        desired = read_desired(settings, spec)
+        desired = find_desired(read_desired(settings), bundle)
         if desired.fingerprint is None:
             return {"bundle": bundle, "waiting_for": list(desired.waiting_for)}
 
+        folder = None
         bundle_id = find_candidate(settings, desired)
         if bundle_id is None:
-            adapters = fetch_adapters(settings, desired)
-            merged = merge_adapters(settings, spec, desired, adapters)
-            bundle_id = claim_candidate(settings, desired, merged)
+            folders = {task: fetch_version(settings, version) for task, version in desired.versions.items()}
+            folder = merge_adapters(settings, desired, folders)
+            bundle_id = upload_candidate(settings, desired, folder)
 
-        report = find_gate_report(settings, bundle, bundle_id)
-        if report is None:
-            folder = bundle_folder(settings, bundle, bundle_id)
-            own = evaluate_missing(settings, desired)
-            measured = evaluate_merged(settings, desired, folder)
-            report = judge_candidate(settings, spec, bundle_id, own, measured)
+        if needs_measuring(settings, desired, bundle_id):
+            folder = bundle_folder(settings, bundle, bundle_id, folder)
+            own = {task: evaluate_alone(settings, version) for task, version in desired.versions.items()}
+            merged = evaluate_merged(settings, desired, folder)
+            keep_evidence(settings, desired, bundle_id, own, merged)
 
-        record_candidate(settings, spec, desired, bundle_id, report)
-        show_gates(bundle, bundle_id, report)
-    return {"bundle": bundle, "bundle_id": bundle_id, "fingerprint": desired.fingerprint, "passed": report.passed}
+        report = judge_candidate(settings, desired, bundle_id)
+        show_candidate(settings, desired, bundle_id, report)
+        show_gates(bundle, report)
+    return {
+        "bundle": bundle,
+        "bundle_id": bundle_id,
+        "fingerprint": desired.fingerprint,
+        "passed": report.passed,
+    }
+
+
+def planned_steps(desired: DesiredSet) -> int:
+    """About how many task runs a merge of this set takes, for a progress bar."""
+    return 8 + 2 * len(desired.versions)

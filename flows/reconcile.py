@@ -1,0 +1,102 @@
+"""The flow ``reconcile``: bring every candidate up to date, and finish what was left half-done."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from prefect import flow
+
+from flows.deployed_run import run_deployed
+from flows.merge_set import planned_steps
+from flows.release import release
+from hydraopt.errors import HydraoptError, ServiceError
+from infra.candidates import CandidateStatus
+from infra.settings import Settings
+from tasks.candidates import (
+    find_candidate,
+    judge_candidate,
+    needs_measuring,
+    read_candidates,
+    show_candidate,
+)
+from tasks.desired import DesiredSet, read_desired
+from tasks.releasing import show_live
+
+
+@flow(name="reconcile")
+def reconcile() -> dict[str, Any]:
+    """Compare what serves with what was merged; merge what is new, release what was signed off.
+
+    Works on levels, not on events: a schedule, a person and a retry after a crash all end in the same
+    place. When nothing changed it merges nothing and takes about a second.
+
+    Returns:
+        ``bundles``: by name, its ``state`` (``unchanged``, ``merged``, ``waiting`` for adapters or
+        ``changing`` right now), ``fingerprint``, ``bundle_id`` and whether its gates ``passed``;
+        ``released``: what an interrupted approval had left to publish; ``seconds``.
+
+    Raises:
+        HydraoptError: If a bundle could not be merged or released. The others were, before this is raised.
+    """
+    started = time.monotonic()
+    settings = Settings.load().require_services()
+    desired = read_desired(settings)
+    problems: list[HydraoptError] = []
+    bundles = {}
+    for one in desired:
+        with _held_back(problems):
+            bundles[one.spec.name] = _bring_up_to_date(settings, one)
+    channels = {one.spec.name: one.spec.channel for one in desired}
+    released = []
+    for candidate in _signed_off(settings):
+        with _held_back(problems):
+            channel = channels.get(candidate.name, "stable")
+            released.append(release(candidate.name, candidate.bundle_id, channel))
+    for name, channel in channels.items():
+        show_live(settings, name, channel)
+    if problems:
+        raise type(problems[0])("; ".join(str(problem) for problem in problems))
+    return {"bundles": bundles, "released": released, "seconds": round(time.monotonic() - started, 3)}
+
+
+@contextlib.contextmanager
+def _held_back(problems: list[HydraoptError]) -> Iterator[None]:
+    """Note what is wrong with one bundle and go on with the next. A dead server ends the run."""
+    try:
+        yield
+    except ServiceError:
+        raise
+    except HydraoptError as problem:
+        problems.append(problem)
+
+
+def _signed_off(settings: Settings) -> list[CandidateStatus]:
+    """Approved candidates that are not published yet, the oldest first."""
+    return [one for one in reversed(read_candidates(settings)) if one.state == "approved"]
+
+
+def _bring_up_to_date(settings: Settings, desired: DesiredSet) -> dict[str, Any]:
+    """Have the bundle's set merged, measured and judged."""
+    if desired.fingerprint is None:
+        return {"state": "waiting", "waiting_for": list(desired.waiting_for)}
+    name = desired.spec.name
+    bundle_id = find_candidate(settings, desired)
+    state = "unchanged"
+    if bundle_id is None or needs_measuring(settings, desired, bundle_id):
+        run_deployed("merge-set", {"bundle": name}, steps=planned_steps(desired))
+        state = "merged"
+        bundle_id = find_candidate(settings, desired)
+    if bundle_id is None:
+        # Another adapter was registered meanwhile: that set was merged, and the next run looks again.
+        return {"state": "changing", "fingerprint": desired.fingerprint}
+    report = judge_candidate(settings, desired, bundle_id)
+    show_candidate(settings, desired, bundle_id, report)
+    return {
+        "state": state,
+        "fingerprint": desired.fingerprint,
+        "bundle_id": bundle_id,
+        "passed": report.passed,
+    }

@@ -1,0 +1,30 @@
+"""The flow ``release``: a signed-off candidate goes live."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import flow
+
+from infra.settings import Settings
+from tasks.artifacts import show_move
+from tasks.releasing import check_approval, publish_bundle, show_live
+
+
+@flow(name="release", flow_run_name="release {bundle} {bundle_id}")
+def release(bundle: str, bundle_id: str, channel: str = "stable") -> dict[str, Any]:
+    """Verify the approval with all it rests on, publish, move the channel, then MLflow's aliases.
+
+    A bundle gets one version number whatever happens, and a repeated release never undoes a rollback.
+
+    Args:
+        bundle: Name of the bundle.
+        bundle_id: Its whole id.
+        channel: The pointer that devices follow.
+    """
+    settings = Settings.load().require_services()
+    approval = check_approval(settings, bundle, bundle_id)
+    published = publish_bundle(settings, bundle, bundle_id, channel)
+    show_live(settings, bundle, channel)
+    show_move(published)
+    return {**published.model_dump(mode="json"), "approved_by": approval["as"]}

@@ -1,0 +1,118 @@
+"""Merge an adapter set, and measure the result."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import filelock
+
+import hydraopt
+from hydraopt.bundle.layout import MANIFEST_FILE
+from hydraopt.errors import BundleError, ServiceError
+from hydraopt.evaluation.evaluate import Evaluation, evaluate_adapter, evaluate_bundle_tasks
+from infra.adapter_store import AdapterVersion, fetch_adapter
+from infra.atomic_files import write_atomically
+from infra.blobs import BlobRef
+from infra.bundle_store import read_manifest, read_manifest_bytes
+from infra.object_store import ObjectStore
+from infra.settings import Settings
+from tasks.desired import DesiredSet
+from tasks.jobs import Job, recorded_evaluation, recorded_job
+from tasks.verb import progress, verb
+
+_LONGEST_MERGE_S = 6 * 3600
+
+
+@contextlib.contextmanager
+def only_merge_on_this_host(settings: Settings) -> Iterator[None]:
+    """Hold the host's merge lock: Prefect's limit alone does not stop a run it believes dead.
+
+    Raises:
+        ServiceError: If another merge holds it for six hours.
+    """
+    path = settings.home / "locks" / "merge-set.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with filelock.FileLock(path, timeout=_LONGEST_MERGE_S):
+            yield
+    except filelock.Timeout:
+        raise ServiceError(f"another merge-set has held {path} for hours: stop that process") from None
+
+
+@verb(task_run_name="fetch {version.task}")
+def fetch_version(settings: Settings, version: AdapterVersion) -> Path:
+    """A local folder with this adapter version, from the cache if it is there whole."""
+    return fetch_adapter(ObjectStore(settings), version, settings.home / "cache" / "adapters")
+
+
+@verb(task_run_name="merge {desired.spec.name}")
+def merge_adapters(settings: Settings, desired: DesiredSet, folders: dict[str, Path]) -> Path:
+    """Merge under the recipe; the bundle's folder is named by the set's fingerprint."""
+    out = settings.home / "work" / "merged" / str(desired.fingerprint)
+    if _intact(out):
+        return out
+    shutil.rmtree(out, ignore_errors=True)
+    recipe = desired.spec.recipe
+    bundle = hydraopt.merge(folders, **recipe.model_dump(), progress=progress)
+    bundle.save(out)
+    return out
+
+
+@verb(task_run_name="get bundle {bundle_id}")
+def bundle_folder(settings: Settings, name: str, bundle_id: str, merged: Path | None) -> Path:
+    """A local folder with exactly this bundle: what was just merged, a kept copy, or fetched."""
+    if merged is not None and _intact(merged, bundle_id):
+        return merged
+    target = settings.home / "cache" / "bundles" / bundle_id
+    if not _intact(target, bundle_id):
+        _fetch_bundle(ObjectStore(settings), name, bundle_id, target)
+    return target
+
+
+@verb(task_run_name="evaluate {version.task} alone")
+def evaluate_alone(settings: Settings, version: AdapterVersion) -> Evaluation | None:
+    """The task's own adapter on its test rows; as recorded if it was measured. None without rows."""
+    job = recorded_job(settings, version)
+    if job is None:
+        return None
+    known = recorded_evaluation(version, job)
+    if known is not None:
+        return known
+    folder = fetch_adapter(ObjectStore(settings), version, settings.home / "cache" / "adapters")
+    return evaluate_adapter(job.task, folder, rows=job.rows, progress=progress)
+
+
+@verb(task_run_name="evaluate bundle {desired.spec.name}")
+def evaluate_merged(settings: Settings, desired: DesiredSet, folder: Path) -> dict[str, Evaluation]:
+    """Every task that has test rows, with the bundle."""
+    jobs = [recorded_job(settings, version) for version in desired.versions.values()]
+    kinds: dict[str, list[Job]] = {}  # one loaded model serves one kind of task
+    for job in jobs:
+        if job is not None:
+            kinds.setdefault(job.task.kind, []).append(job)
+    results: dict[str, Evaluation] = {}
+    for same in kinds.values():
+        rows = {job.task.name: job.rows for job in same}
+        results |= evaluate_bundle_tasks([job.task for job in same], folder, rows=rows, progress=progress)
+    return results
+
+
+def _intact(folder: Path, bundle_id: str | None = None) -> bool:
+    """Whether ``folder`` holds a whole bundle, and the one asked for."""
+    try:
+        return hydraopt.Bundle.load(folder).id == bundle_id if bundle_id else bool(hydraopt.verify(folder))
+    except BundleError:
+        return False
+
+
+def _fetch_bundle(store: ObjectStore, name: str, bundle_id: str, target: Path) -> None:
+    """Fetch every file, the manifest last; then verify."""
+    shutil.rmtree(target, ignore_errors=True)
+    for path, entry in read_manifest(store, name, bundle_id).files().items():
+        (target / path).parent.mkdir(parents=True, exist_ok=True)
+        store.fetch_blob(BlobRef(sha256=entry.sha256, bytes=entry.bytes), target / path)
+    write_atomically(target / MANIFEST_FILE, read_manifest_bytes(store, name, bundle_id))
+    hydraopt.verify(target)

@@ -1,0 +1,36 @@
+"""Where every bundle of this deployment stands: what is desired, and what devices see."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from infra.candidates import find_by_fingerprint, list_candidates
+from infra.object_store import ObjectStore
+from infra.publishing import live
+from infra.settings import Settings
+from tasks.desired import DesiredSet, read_desired
+
+
+def standing(settings: Settings) -> dict[str, dict[str, Any]]:
+    """By bundle name: its adapters, the desired bundle and its state, the live one, whether they agree."""
+    store = ObjectStore(settings)
+    return {one.spec.name: _stand(store, one) for one in read_desired.fn(settings)}
+
+
+def _stand(store: ObjectStore, desired: DesiredSet) -> dict[str, Any]:
+    name, channel = desired.spec.name, desired.spec.channel
+    bundle_id = find_by_fingerprint(store, name, desired.fingerprint) if desired.fingerprint else None
+    states = {one.bundle_id: one.state for one in list_candidates(store, name)}
+    shown = live(store, name, channel)
+    return {
+        "base_model": desired.spec.base_model,
+        "adapters": {task: version.digest for task, version in desired.versions.items()},
+        "waiting_for": list(desired.waiting_for),
+        "fingerprint": desired.fingerprint,
+        "desired_bundle_id": bundle_id,
+        "desired_state": states.get(bundle_id) if bundle_id else None,
+        "channel": channel,
+        "live_version": shown.version if shown else None,
+        "live_bundle_id": shown.bundle_id if shown else None,
+        "up_to_date": bundle_id is not None and shown is not None and shown.bundle_id == bundle_id,
+    }

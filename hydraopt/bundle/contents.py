@@ -55,11 +55,13 @@ class BundleContents:
 
     def encode_shared(self) -> bytes:
         """The bytes of ``shared.safetensors``."""
-        return safetensors.torch.save({SHARED_TENSOR: self.shared})
+        data: bytes = safetensors.torch.save({SHARED_TENSOR: self.shared})
+        return data
 
     def encode_task(self, task: str) -> bytes:
         """The bytes of one task's file."""
-        return safetensors.torch.save({FACTORS_TENSOR: self.heads[task], **self.extras[task]})
+        data: bytes = safetensors.torch.save({FACTORS_TENSOR: self.heads[task], **self.extras[task]})
+        return data
 
 
 def describe(data: bytes) -> FileEntry:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hydraopt.errors import BudgetError
-from hydraopt.merging.problem import Floats, Ints, Option
+from hydraopt.merging.problem import Ints, Option
 
 _BISECTIONS = 64
 
@@ -221,9 +221,48 @@ def uniform(modules: Sequence[Sequence[Option]], rank: int) -> list[Choice]:
     return choices
 
 
-def every_direction(
-    modules: Sequence[Sequence[Option]], ranks: Sequence[Floats | Sequence[int]]
-) -> list[Choice]:
+def largest_uniform(modules: Sequence[Sequence[Option]], numbers: int) -> list[Choice]:
+    """The paper's form at the largest single rank that stores at most ``numbers`` numbers.
+
+    Raises:
+        BudgetError: If not even rank 1 fits.
+    """
+    best: list[Choice] | None = None
+    for rank in _uniform_ranks(modules):
+        choices = uniform(modules, rank)
+        if total_numbers(choices) > numbers:
+            break
+        best = choices
+    if best is None:
+        smallest = total_numbers(uniform(modules, 1))
+        raise BudgetError(
+            f"the paper's form stores {smallest} numbers at rank 1, but the budget leaves {numbers}"
+        )
+    return best
+
+
+def least_uniform(modules: Sequence[Sequence[Option]], error: float) -> list[Choice]:
+    """The paper's form at the smallest single rank whose weighted squared error is at most ``error``.
+
+    Raises:
+        BudgetError: If no rank reaches it.
+    """
+    choices: list[Choice] = []
+    for rank in _uniform_ranks(modules):
+        choices = uniform(modules, rank)
+        if total_error(choices) <= error:
+            return choices
+    least = total_error(choices)
+    raise BudgetError(
+        f"the paper's form leaves a weighted squared error of {least:.3g}, but {error:.3g} was asked for"
+    )
+
+
+def _uniform_ranks(modules: Sequence[Sequence[Option]]) -> list[int]:
+    return sorted({option.shared_rank for module in modules for option in module if option.shared_rank > 0})
+
+
+def every_direction(modules: Sequence[Sequence[Option]], ranks: Sequence[Sequence[int]]) -> list[Choice]:
     """The first option of each module with the given head ranks."""
     return [
         Choice(module[0], tuple(int(r) for r in rank)) for module, rank in zip(modules, ranks, strict=True)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from hydraopt.merging.problem import Factors, ModuleProblem, Option, truncated
 
@@ -21,7 +22,7 @@ class Separate:
 
     def build(self, problem: ModuleProblem, ranks: Mapping[str, int], dtype: torch.dtype) -> Factors:
         """Truncate every task to its rank; Eckart & Young, Psychometrika 1936."""
-        heads = {}
+        heads: dict[str, tuple[Tensor, ...]] = {}
         for k, task in enumerate(problem.tasks):
             up, down = truncated(problem, k, problem.rows[k].double(), ranks[task])
             heads[task] = (up.to(dtype), down.to(dtype))

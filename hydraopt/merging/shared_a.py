@@ -54,7 +54,7 @@ class SharedA:
         # rows of the task in the coordinates of the rounded A': T_k A'^T (A' A'^T)^-1 L = T_k A'^T L^-T
         projected = (problem.rows @ shared.to(problem.rows.dtype).mT).double()
         coordinates = torch.linalg.solve_triangular(lower, projected.mT, upper=False).mT
-        heads = {}
+        heads: dict[str, tuple[Tensor, ...]] = {}
         for k, task in enumerate(problem.tasks):
             rank = ranks[task]
             if rank == self.rank:

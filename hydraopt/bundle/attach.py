@@ -122,6 +122,6 @@ def _place_extras(model: PeftModel, task: str, extras: dict[str, Tensor]) -> Non
             module = getattr(module, part)
             if isinstance(module, ModulesToSaveWrapper):
                 module = module.modules_to_save[task]
-        module._parameters[leaf] = nn.Parameter(tensor.clone(), requires_grad=False)
+        setattr(module, leaf, nn.Parameter(tensor.clone(), requires_grad=False))
         if isinstance(module, nn.Linear) and leaf == "weight":
             module.out_features, module.in_features = tensor.shape

@@ -98,6 +98,8 @@ class MergeRun:
         with ThreadPoolExecutor(1) as digests:
             # The digests read the same pages as the merge and cost no BLAS time: beside it, not after it.
             wanted = digests.submit(lambda: {task: adapter.digest for task, adapter in self.adapters.items()})
+            if self.recipe.budget is not None:
+                self._budget_in_numbers(self.recipe)  # refuse at once what no amount of work would meet
             choices = self.solve(self.trace(), self.recipe)
             flats, errors = self._build(dict(zip(self.modules, choices, strict=True)))
             return self._bundle(choices, flats, errors, wanted.result())
@@ -112,6 +114,7 @@ class MergeRun:
                 if name in adapter.modules:
                     up, down = (factor.to(self.device) for factor in adapter.factors(name))
                     norms[task] += float(((up.mT @ up).double() * (down @ down.mT).double()).sum())
+        self.progress(len(self.modules), len(self.modules), "weigh the tasks")
         return {task: 1 / norm if norm > _TINY else 0.0 for task, norm in norms.items()}
 
     @cached_property
@@ -125,6 +128,7 @@ class MergeRun:
     def trace(self) -> list[list[Option]]:
         """Per module every way to store it that the recipe allows, "separate" first."""
         modules = []
+        _ = self.weights  # all of them are needed before the first module
         for done, name in enumerate(self.modules):
             self.progress(done, len(self.modules), "trace the curves")
             modules.append(self._options(self._load(name)))
@@ -197,6 +201,11 @@ class MergeRun:
                 f"whole-layer extras, the rest manifest and headers); the least possible budget is {minimum}"
             )
         return (allowed - fixed) // self.dtype.itemsize
+
+    def storage_ratio(self, numbers: int) -> float:
+        """Storage ratio of a bundle with that many factor numbers; its container is bounded from above."""
+        reference = sum(adapter.reference_bytes for adapter in self.adapters.values())
+        return (self._container_bytes() + numbers * self.dtype.itemsize) / reference
 
     def _container_bytes(self) -> int:
         """An upper bound of the bundle's bytes without its factors."""

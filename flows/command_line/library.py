@@ -1,0 +1,306 @@
+"""Commands of the library: they work on files and need no server."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.table import Table
+
+from flows.command_line.output import Output, command
+from hydraopt.errors import AdapterMismatchError, TaskFileError
+
+if TYPE_CHECKING:
+    from hydraopt.adapters import Adapter
+    from hydraopt.adapters.similarity import Similarity
+    from hydraopt.bundle import Bundle
+
+_DTYPES = ["bfloat16", "float16", "float32"]
+_METHODS = ["hydraopt", "paper", "separate"]
+_DEVICES = ["auto", "cpu", "cuda"]
+
+
+@command("merge")
+@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write the bundle to.")
+@click.option(
+    "--budget", type=float, help="Share of the input bytes, in (0, 1]; 0.25 if nothing else is given."
+)
+@click.option(
+    "--max-error", type=float, help="Largest relative error |dW - merged| / |dW| instead of a budget."
+)
+@click.option("--method", type=click.Choice(_METHODS), default="hydraopt", show_default=True)
+@click.option("--heads", type=int, help="For paper: number of dense heads; one per task is supported.")
+@click.option("--rank", type=int, help="For paper: rows of A'; for separate: directions per task.")
+@click.option(
+    "--dtype", type=click.Choice(_DTYPES), default="bfloat16", show_default=True, help="Stored numbers."
+)
+@click.option("--device", type=click.Choice(_DEVICES), default="auto", show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+def merge(output: Output, adapters: tuple[str, ...], out: Path, **settings: Any) -> dict[str, Any]:
+    """Merge task adapters (PEFT folders) of one base model into one small bundle.
+
+    A task is named like its folder, or NAME=FOLDER says otherwise.
+
+    Example: hydraopt merge adapters/mood adapters/topic=runs/17 --budget 0.25 --out bundle
+    """
+    import hydraopt
+
+    start = time.perf_counter()
+    with output.progress() as progress:
+        bundle = hydraopt.merge(_named(adapters), progress=progress, **settings)
+        bundle.save(out)
+    seconds = time.perf_counter() - start
+    entries = bundle.manifest.tasks
+    table = Table("task", "relative error", "bytes")
+    for task, entry in sorted(entries.items()):
+        table.add_row(task, f"{entry.relative_error:.4f}", f"{entry.file.bytes:,}")
+    output.show(table)
+    output.show(
+        f"{out}: bundle {bundle.id[:12]}, {len(entries)} tasks, {100 * bundle.storage_ratio:.1f} % of the adapters' "
+        f"bytes, relative error {bundle.relative_error:.4f}, {seconds:.1f} s"
+    )
+    return {
+        "bundle_id": bundle.id,
+        "out": out,
+        "storage_ratio": bundle.storage_ratio,
+        "relative_error": bundle.relative_error,
+        "tasks": {
+            task: {"relative_error": entry.relative_error, "bytes": entry.file.bytes}
+            for task, entry in sorted(entries.items())
+        },
+        "seconds": seconds,
+        "peak_rss_bytes": _peak_rss_bytes(),
+    }
+
+
+@command("frontier")
+@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
+@click.option("--plot", type=click.Path(path_type=Path), help="Also draw it: a .png or .html file.")
+@click.option(
+    "--dtype", type=click.Choice(_DTYPES), default="bfloat16", show_default=True, help="Stored numbers."
+)
+@click.option("--device", type=click.Choice(_DEVICES), default="auto", show_default=True)
+def frontier(
+    output: Output, adapters: tuple[str, ...], plot: Path | None, dtype: str, device: str
+) -> dict[str, Any]:
+    """Error over storage for every method, without writing a bundle.
+
+    Example: hydraopt frontier adapters/* --plot frontier.html
+    """
+    from hydraopt.merging.frontier import frontier as trace
+
+    with output.progress() as progress:
+        points = trace(_named(adapters), dtype=dtype, device=device, progress=progress)
+    table = Table("method", "budget", "storage", "relative error")
+    for point in points:
+        table.add_row(
+            point.method,
+            f"{point.budget:g}",
+            f"{100 * point.storage_ratio:.1f} %",
+            f"{point.relative_error:.4f}",
+        )
+    output.show(table)
+    if plot is not None:
+        from hydraopt.report.charts import plot_frontier
+
+        output.show(f"drawn: {plot_frontier(points, plot)}")
+    return {"points": [vars(point) for point in points], "plot": plot}
+
+
+@command("inspect")
+@click.argument("path", type=click.Path(path_type=Path))
+def inspect(output: Output, path: Path) -> dict[str, Any]:
+    """What an adapter or a bundle holds: base, kind, ranks, bytes, similarity between tasks.
+
+    Example: hydraopt inspect bundle
+    """
+    import hydraopt
+    from hydraopt.bundle.layout import MANIFEST_FILE
+
+    if (path / MANIFEST_FILE).is_file():
+        return _inspect_bundle(output, hydraopt.Bundle.load(path))
+    return _inspect_adapter(output, hydraopt.read_adapter(path))
+
+
+@command("verify")
+@click.argument("bundle", type=click.Path(path_type=Path))
+def verify(output: Output, bundle: Path) -> dict[str, Any]:
+    """Check a bundle: digests, shapes, finite values.
+
+    Example: hydraopt verify bundle
+    """
+    import hydraopt
+
+    manifest = hydraopt.verify(bundle)
+    output.show(f"{bundle}: bundle {manifest.id} is whole, {len(manifest.tasks)} tasks")
+    return {"bundle_id": manifest.id, "tasks": list(manifest.task_names), "bytes": manifest.bytes_on_disk}
+
+
+@command("export")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--out", type=click.Path(path_type=Path), required=True, help="Folder for one PEFT folder per task."
+)
+@click.option("--task", help="Only this task.")
+@click.option("--profile", type=click.Choice(["peft", "portable"]), default="peft", show_default=True)
+def export(output: Output, bundle: Path, out: Path, task: str | None, profile: str) -> dict[str, Any]:
+    """Write a bundle's tasks as ordinary PEFT folders.
+
+    Example: hydraopt export bundle --out exported --profile portable
+    """
+    import hydraopt
+
+    folders = hydraopt.Bundle.load(bundle).export(out, task=task, profile=profile)
+    for name, folder in folders.items():
+        output.show(f"{name}: {folder}")
+    return {"folders": folders, "profile": profile}
+
+
+@command("evaluate")
+@click.argument("taskfile", type=click.Path(path_type=Path))
+@click.option("--adapter", type=click.Path(path_type=Path), help="A PEFT folder.")
+@click.option("--bundle", type=click.Path(path_type=Path), help="A bundle that has the task.")
+@click.option("--device", type=click.Choice(_DEVICES), default="auto", show_default=True)
+@click.option("--limit", type=int, help="Only the first rows.")
+def evaluate(
+    output: Output, taskfile: Path, adapter: Path | None, bundle: Path | None, device: str, limit: int | None
+) -> dict[str, Any]:
+    """Measure an adapter or a bundle on a task's test rows.
+
+    Example: hydraopt evaluate mood.yaml --bundle bundle
+    """
+    if (adapter is None) == (bundle is None):
+        raise click.UsageError("give either --adapter FOLDER or --bundle BUNDLE")
+    if limit is not None and limit < 1:
+        raise TaskFileError(f"--limit is {limit}; at least one row must be measured")
+    from hydraopt.evaluation.evaluate import evaluate_adapter, evaluate_bundle
+    from hydraopt.evaluation.task_file import TaskFile
+
+    task = TaskFile.load(taskfile)
+    with output.progress() as progress:
+        if adapter is not None:
+            result = evaluate_adapter(task, adapter, device=device, limit=limit, progress=progress)
+        else:
+            result = evaluate_bundle(task, bundle, device=device, limit=limit, progress=progress)
+    output.show(
+        f"{result.task}: {result.metric} {result.value:.4f} "
+        f"(95 % interval {result.low:.4f} to {result.high:.4f}, {result.samples} samples)"
+    )
+    return result.model_dump(mode="json")
+
+
+def _named(arguments: Iterable[str]) -> dict[str, Path]:
+    """Adapter folders by task name."""
+    adapters: dict[str, Path] = {}
+    for argument in arguments:
+        name, equals, folder = argument.partition("=")
+        if not equals or Path(argument).is_dir():
+            path = Path(argument)
+            name = path.resolve().name
+        else:
+            path = Path(folder)
+        if name in adapters:
+            raise AdapterMismatchError(
+                f"two adapters are called {name!r}: {adapters[name]} and {path}; name them with NAME=FOLDER"
+            )
+        adapters[name] = path
+    return adapters
+
+
+def _peak_rss_bytes() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def _inspect_adapter(output: Output, adapter: Adapter) -> dict[str, Any]:
+    adapter.check_finite()
+    ranks = sorted({module.rank for module in adapter.modules.values()})
+    result = {
+        "what": "adapter",
+        "kind": adapter.config["peft_type"],
+        "base_model": adapter.base_model,
+        "revision": adapter.revision,
+        "task_type": adapter.task_type,
+        "digest": adapter.digest,
+        "ranks": ranks,
+        "extras": list(adapter.extras),
+        "bytes": adapter.file.path.stat().st_size,
+        "reference_bytes": adapter.reference_bytes,
+        "modules": {
+            name: {"shape": [module.d_out, module.d_in], "rank": module.rank, "scaling": module.scaling}
+            for name, module in sorted(adapter.modules.items())
+        },
+    }
+    output.show(_facts(result, skip={"modules", "what"}))
+    table = Table("module", "d_out x d_in", "rank", "scaling")
+    for name, module in sorted(adapter.modules.items()):
+        table.add_row(name, f"{module.d_out} x {module.d_in}", str(module.rank), f"{module.scaling:g}")
+    output.show(table)
+    return result
+
+
+def _inspect_bundle(output: Output, bundle: Bundle) -> dict[str, Any]:
+    manifest = bundle.manifest
+    found = _bundle_similarity(bundle)
+    result = {
+        "what": "bundle",
+        "bundle_id": bundle.id,
+        "base_model": manifest.base_model.name,
+        "revision": manifest.base_model.revision,
+        "recipe": manifest.recipe.model_dump(mode="json", exclude_none=True),
+        "storage_ratio": bundle.storage_ratio,
+        "relative_error": bundle.relative_error,
+        "bytes": manifest.bytes_on_disk,
+        "shared_bytes": manifest.shared.bytes,
+        "tasks": {
+            task: {
+                "adapter": entry.adapter,
+                "bytes": entry.file.bytes,
+                "relative_error": entry.relative_error,
+                "extras": sorted(bundle.extras(task)),
+            }
+            for task, entry in sorted(manifest.tasks.items())
+        },
+        "modules": [module.model_dump(mode="json") for module in manifest.modules],
+        "similarity": {"tasks": list(found.tasks), "a": found.a.tolist(), "b": found.b.tolist()},
+    }
+    output.show(_facts(result, skip={"modules", "what", "tasks", "similarity"}))
+    table = Table("task", "bytes", "relative error")
+    for task, entry in sorted(manifest.tasks.items()):
+        table.add_row(task, f"{entry.file.bytes:,}", f"{entry.relative_error:.4f}")
+    output.show(table)
+    for side, matrix in (("A", found.a), ("B", found.b)):
+        overlaps = Table(f"overlap of {side}", *found.tasks)
+        for task, row in zip(found.tasks, matrix.tolist(), strict=True):
+            overlaps.add_row(task, *(f"{value:.2f}" for value in row))
+        output.show(overlaps)
+    return result
+
+
+def _bundle_similarity(bundle: Bundle) -> Similarity:
+    from hydraopt.adapters.similarity import similarity
+    from hydraopt.bundle.export import pair
+
+    factors = {task: bundle.factors(task) for task in bundle.task_names}
+    return similarity(
+        bundle.task_names,
+        [module.name for module in bundle.manifest.modules],
+        lambda task, module: pair(factors[task][module]) if module in factors[task] else None,
+    )
+
+
+def _facts(result: dict[str, Any], skip: set[str]) -> Table:
+    table = Table(show_header=False)
+    for key, value in result.items():
+        if key not in skip:
+            table.add_row(key.replace("_", " "), str(value))
+    return table
+
+
+__all__ = ["evaluate", "export", "frontier", "inspect", "merge", "verify"]

@@ -1,0 +1,137 @@
+"""Charts, drawn without a display."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from hydraopt.errors import HydraoptError
+from hydraopt.merging.frontier import FrontierPoint
+
+
+class PlotError(HydraoptError, ValueError):
+    """A plot cannot be written in the asked form."""
+
+
+_COLOURS = {"hydraopt": "#0b7285", "paper": "#e8590c", "separate": "#868e96"}
+
+
+def plot_frontier(points: Sequence[FrontierPoint], file: Path) -> Path:
+    """Draw error over storage, one line per method: ``.png``, or ``.html`` that needs nothing else.
+
+    Raises:
+        PlotError: If the file name ends otherwise.
+    """
+    if file.suffix == ".png":
+        return _png(points, file)
+    if file.suffix == ".html":
+        return _html(points, file)
+    raise PlotError(f"{file}: a plot is a .png or a .html file")
+
+
+def _by_method(points: Sequence[FrontierPoint]) -> dict[str, list[FrontierPoint]]:
+    lines: dict[str, list[FrontierPoint]] = defaultdict(list)
+    for point in points:
+        lines[point.method].append(point)
+    return {method: sorted(line, key=lambda p: p.storage_ratio) for method, line in lines.items()}
+
+
+def _png(points: Sequence[FrontierPoint], file: Path) -> Path:
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    axes = FigureCanvasAgg(figure).figure.add_subplot()
+    for method, line in _by_method(points).items():
+        axes.plot(
+            [100 * p.storage_ratio for p in line],
+            [p.relative_error for p in line],
+            marker="o",
+            color=_COLOURS.get(method),
+            label=method,
+        )
+    axes.set(
+        xlabel="storage, % of the adapters' bytes",
+        ylabel="relative error |dW - merged| / |dW|",
+        xlim=(0, None),
+    )
+    axes.set_ylim(0, None)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.tmp")
+    figure.savefig(temporary, format="png")
+    temporary.replace(file)
+    return file
+
+
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 760, 440, 60, 50
+
+
+def _html(points: Sequence[FrontierPoint], file: Path) -> Path:
+    widest = max(p.storage_ratio for p in points) * 1.05
+    highest = max(max(p.relative_error for p in points) * 1.05, 1e-6)
+
+    def place(point: FrontierPoint) -> tuple[float, float]:
+        x = _LEFT + point.storage_ratio / widest * (_WIDTH - _LEFT - 10)
+        y = (_HEIGHT - _BOTTOM) * (1 - point.relative_error / highest) + 5
+        return round(x, 1), round(y, 1)
+
+    shapes, legend = [], []
+    for method, line in _by_method(points).items():
+        colour = _COLOURS.get(method, "#333")
+        path = " ".join(f"{x},{y}" for x, y in map(place, line))
+        shapes.append(f'<g data-method="{html.escape(method)}"><polyline points="{path}" stroke="{colour}"/>')
+        for point in line:
+            x, y = place(point)
+            label = (
+                f"{point.method}: {100 * point.storage_ratio:.2f} % storage, error {point.relative_error:.4f} "
+                f"(budget {point.budget:g})"
+            )
+            shapes.append(
+                f'<circle cx="{x}" cy="{y}" r="5" fill="{colour}"><title>{html.escape(label)}</title></circle>'
+            )
+        shapes.append("</g>")
+        legend.append(
+            f'<label style="color:{colour}"><input type="checkbox" checked value="{method}"> {method}</label>'
+        )
+    for share in range(6):
+        x = _LEFT + share / 5 * (_WIDTH - _LEFT - 10)
+        y = (_HEIGHT - _BOTTOM) * (1 - share / 5) + 5
+        shapes.append(
+            f'<text x="{x}" y="{_HEIGHT - 28}" text-anchor="middle">{100 * widest * share / 5:.0f} %</text>'
+        )
+        shapes.append(f'<text x="{_LEFT - 8}" y="{y + 4}" text-anchor="end">{highest * share / 5:.3f}</text>')
+        shapes.append(f'<line x1="{_LEFT}" x2="{_WIDTH - 10}" y1="{y}" y2="{y}"/>')
+    data = json.dumps([vars(p) for p in points])
+    page = _PAGE.format(
+        width=_WIDTH, height=_HEIGHT, shapes="".join(shapes), legend=" ".join(legend), data=data
+    )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.tmp")
+    temporary.write_text(page, encoding="utf-8")
+    temporary.replace(file)
+    return file
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>hydraopt frontier</title>
+<style>
+body {{ font: 15px system-ui, sans-serif; margin: 2rem; color: #212529; background: #fff }}
+svg polyline {{ fill: none; stroke-width: 2 }} svg line {{ stroke: #dee2e6 }} svg text {{ font-size: 12px; fill: #495057 }}
+label {{ margin-right: 1.5em; font-weight: 600 }}
+</style>
+<h1>Error over storage</h1>
+<p>Relative error |dW - merged| / |dW| over bundle bytes as a share of the adapters' bytes. Point at a dot for its values.</p>
+<p>{legend}</p>
+<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img">{shapes}</svg>
+<script type="application/json" id="points">{data}</script>
+<script>
+for (const box of document.querySelectorAll("input")) box.addEventListener("change", () => {{
+  document.querySelector(`g[data-method="${{box.value}}"]`).style.display = box.checked ? "" : "none";
+}});
+</script></html>
+"""

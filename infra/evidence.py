@@ -26,11 +26,10 @@ class Evidence(BaseModel):
 
 
 class Judgement(BaseModel):
-    """A gate report with all that led to it."""
+    """A gate report, and the record of measurements that led to it."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    rules: GateRules
     evidence_sha256: str
     report: GateReport
     report_sha256: str
@@ -61,6 +60,9 @@ def write_evidence(
         raise RecordError(
             f"bundle {bundle_id} holds no tasks {sorted(strangers)}: measured for another bundle?"
         )
+    for task, evaluation in [*own.items(), *merged.items()]:
+        if evaluation is not None and evaluation.task != task:
+            raise RecordError(f"the measurement given for task {task!r} is of task {evaluation.task!r}")
     content = {
         "storage_ratio": manifest.storage_ratio,
         "own": {task: _dump(own.get(task)) for task in manifest.task_names},
@@ -85,15 +87,14 @@ def write_gate_report(store: ObjectStore, name: str, bundle_id: str, rules: Gate
         raise RecordError(f"bundle {bundle_id} of {name!r} was not evaluated yet: run `hydraopt reconcile`")
     report = _judge(rules, bundle_id, _evidence(record))
     content = {
-        "rules": rules.model_dump(mode="json"),
         "evidence_sha256": record.sha256,
         "report": report.model_dump(mode="json"),
         "report_sha256": report.digest,
     }
-    unless_same = ("rules", "evidence_sha256", "report_sha256")
-    return parse_judgement(
-        append_record(store, name, bundle_id, "gated", content, unless_same=unless_same)
-    ).report
+    added = append_record(
+        store, name, bundle_id, "gated", content, unless_same=("evidence_sha256", "report_sha256")
+    )
+    return parse_judgement(added).report
 
 
 def read_evidence(store: ObjectStore, name: str, bundle_id: str) -> Evidence | None:
@@ -123,7 +124,7 @@ def check_judgement(store: ObjectStore, name: str, bundle_id: str, record: Recor
         )
     manifest = read_manifest(store, name, bundle_id)
     parsed = _evidence(evidence)
-    again = _judge(judgement.rules, bundle_id, parsed)
+    again = _judge(judgement.report.rules, bundle_id, parsed)
     whole = set(parsed.own) == set(parsed.merged) == set(manifest.tasks)
     true_ratio = parsed.storage_ratio == manifest.storage_ratio
     same = again.digest == judgement.report.digest == judgement.report_sha256

@@ -11,7 +11,7 @@ import hashlib
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -238,7 +238,7 @@ class ObjectStore:
             if code_of(error) == "NoSuchKey":
                 return None
             raise
-        with answer["Body"] as body:
+        with closing(answer["Body"]) as body:  # as a context manager it gives its raw inside
             data = body.read(LARGEST_RECORD + 1)
         if len(data) > LARGEST_RECORD:
             raise RecordError(f"{key} is larger than {LARGEST_RECORD} bytes: that is no record of ours")
@@ -308,7 +308,7 @@ class ObjectStore:
             if code_of(error) == "NoSuchKey":
                 raise RecordError(f"{ref.key} is missing from bucket {self.bucket!r}") from error
             raise
-        with answer["Body"] as body:
+        with closing(answer["Body"]) as body:  # as a context manager it gives its raw inside
             yield from body.iter_chunks(_CHUNK)
 
 

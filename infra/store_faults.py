@@ -6,14 +6,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
 
-from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    FlexibleChecksumError,
+    HTTPClientError,
+    IncompleteReadError,
+)
 from urllib3.exceptions import HTTPError
 
 from hydraopt.errors import ServiceError
 
 _REFUSED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}
 _REFUSED |= {"AllAccessDisabled", "AccountProblem", "Forbidden", "Unauthorized", "401", "403"}
-INTERRUPTED = (HTTPClientError, HTTPError, ConnectionError, TimeoutError)
+INTERRUPTED = (
+    HTTPClientError,
+    IncompleteReadError,
+    FlexibleChecksumError,
+    HTTPError,
+    ConnectionError,
+    TimeoutError,
+)
 """Errors of a connection that broke or never came to be, as boto3 and the stream below it raise them."""
 
 

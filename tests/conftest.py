@@ -153,10 +153,10 @@ def store_settings(running_store: RunningStore, tmp_path: Path) -> Settings:
     return running_store.settings(tmp_path / "home")
 
 
-@pytest.fixture
-def object_store(store_settings: Settings) -> ObjectStore:
+@pytest.fixture(scope="session")
+def object_store(running_store: RunningStore, tmp_path_factory: pytest.TempPathFactory) -> ObjectStore:
     """The session's store. Tests share the bucket: use names of your own (``unique_name``)."""
-    return ObjectStore(store_settings)
+    return ObjectStore(running_store.settings(tmp_path_factory.mktemp("home")))
 
 
 @pytest.fixture

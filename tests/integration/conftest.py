@@ -1,0 +1,119 @@
+"""Small real bundles, measured, judged and approved as far as a test wants."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+import hydraopt
+from hydraopt.evaluation.evaluate import Evaluation
+from hydraopt.evaluation.gates import GateReport, GateRules
+from infra.approvals import Trusted, approve
+from infra.bundle_store import upload_bundle
+from infra.evidence import write_evidence, write_gate_report
+from infra.object_store import ObjectStore
+
+RANK, WIDTH = 4, 24
+RULES = GateRules(max_storage_ratio=1, max_task_drop_percent=5, max_mean_drop_percent=5, min_samples=50)
+
+
+def write_adapter(folder: Path, seed: int) -> Path:
+    """A PEFT folder with two small modules; equal seeds give equal adapters."""
+    folder.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for layer in ("q_proj", "v_proj"):
+        stem = f"base_model.model.model.layers.0.self_attn.{layer}"
+        tensors[f"{stem}.lora_A.weight"] = torch.randn(RANK, WIDTH, generator=generator)
+        tensors[f"{stem}.lora_B.weight"] = torch.randn(WIDTH, RANK, generator=generator)
+    config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": "tests/tiny",
+        "task_type": "CAUSAL_LM",
+        "r": RANK,
+        "lora_alpha": 2 * RANK,
+        "target_modules": ["q_proj", "v_proj"],
+        "bias": "none",
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    safetensors.torch.save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+@pytest.fixture
+def adapter_folder(tmp_path: Path) -> Callable[[int], Path]:
+    """``adapter_folder(seed)``: a PEFT folder."""
+    return lambda seed: write_adapter(tmp_path / f"adapter-{seed}-{os.urandom(3).hex()}", seed)
+
+
+@pytest.fixture
+def bundle_folder(tmp_path: Path, adapter_folder: Callable[[int], Path]) -> Callable[[int], Path]:
+    """``bundle_folder(seed)``: a merged bundle of the tasks ``a`` and ``b``."""
+
+    def make(seed: int) -> Path:
+        adapters = {"a": adapter_folder(seed), "b": adapter_folder(seed + 1000)}
+        out = tmp_path / f"bundle-{seed}-{os.urandom(3).hex()}"
+        hydraopt.merge(adapters, budget=0.9, device="cpu").save(out)
+        return out
+
+    return make
+
+
+def measured(task: str, value: float = 0.8, samples: int = 100) -> Evaluation:
+    """An evaluation as ``hydraopt.evaluation`` makes them."""
+    return Evaluation(
+        task=task,
+        metric="accuracy",
+        value=value,
+        low=value,
+        high=value,
+        samples=samples,
+        metrics={"accuracy": value},
+        data_digest="ab" * 32,
+    )
+
+
+@dataclass(frozen=True)
+class Manager:
+    """A release manager, and a store where bundles of one name come to be."""
+
+    store: ObjectStore
+    name: str
+    who: str
+    key: Ed25519PrivateKey
+    bundle_folder: Callable[[int], Path]
+
+    @property
+    def trusted(self) -> Trusted:
+        return {self.who: self.key.public_key()}
+
+    def merged(self, seed: int) -> str:
+        return upload_bundle(self.store, self.name, self.bundle_folder(seed))
+
+    def judged(self, seed: int, value: float = 0.8) -> tuple[str, GateReport]:
+        """A stored bundle with evidence and gate report; ``value``: the score of task b with the bundle."""
+        bundle_id = self.merged(seed)
+        own = {task: measured(task) for task in ("a", "b")}
+        write_evidence(
+            self.store, self.name, bundle_id, own=own, merged={"a": measured("a"), "b": measured("b", value)}
+        )
+        return bundle_id, write_gate_report(self.store, self.name, bundle_id, RULES)
+
+    def approved(self, seed: int) -> str:
+        bundle_id, _ = self.judged(seed)
+        approve(self.store, self.name, bundle_id, self.who, self.key, trusted=self.trusted)
+        return bundle_id
+
+
+@pytest.fixture
+def manager(object_store: ObjectStore, unique_name: str, bundle_folder: Callable[[int], Path]) -> Manager:
+    """Alice, who may approve, with a bundle name of her own."""
+    return Manager(object_store, unique_name, "alice", Ed25519PrivateKey.generate(), bundle_folder)

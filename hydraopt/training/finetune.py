@@ -1,0 +1,392 @@
+"""Fine-tune a LoRA adapter for a task, in a way that survives being killed.
+
+Every so many steps the Trainer writes a checkpoint below ``work/<training key>/``. A run that finds whole
+checkpoints there goes on from the last one and ends with the tensors it would have had without the
+interruption. The adapter appears at its place in one step when it is finished, never before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import random
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import save
+from torch import Tensor
+from transformers import (
+    DataCollatorForSeq2Seq,
+    DataCollatorWithPadding,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from hydraopt.base_models import LoadedBase, TaskType, generation_task_type, load_base, quiet, resolve_device
+from hydraopt.errors import TaskFileError
+from hydraopt.evaluation.encoding import IGNORED, classification_example, input_limit, training_example
+from hydraopt.evaluation.rows import Row, rows_digest
+from hydraopt.evaluation.task_file import TaskFile
+
+Progress = Callable[[int, int, str], None]
+"""Called with (steps done, steps in all, what is being done)."""
+
+TRAINING_VERSION = "1"
+"""Raised whenever the same task and rows would give another adapter."""
+
+CONFIG_FILE = "adapter_config.json"
+TENSOR_FILE = "adapter_model.safetensors"
+_MARKER = "whole.json"
+_KEPT_CHECKPOINTS = 2  # the last one may be cut short by a kill; then the one before it counts
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """A finished fine-tuning."""
+
+    folder: Path  # the adapter: adapter_config.json and adapter_model.safetensors
+    seconds: float  # of this run, loading included
+    resumed_from_step: int | None  # None if it started from the beginning
+    train_rows: int
+
+
+def training_key(task: TaskFile) -> str:
+    """SHA-256 (hex) of all that decides the adapter: the task's definition, its training rows, this code.
+
+    Raises:
+        TaskFileError: If the training rows cannot be read.
+    """
+    return _training_key(task, rows_digest(task.read_rows("train")))
+
+
+def finetune(
+    task: TaskFile,
+    out: str | Path,
+    *,
+    work: str | Path,
+    device: str = "auto",
+    checkpoint_steps: int = 50,
+    progress: Progress | None = None,
+) -> FinetuneResult:
+    """Train the task's adapter and write it to ``out`` as an ordinary PEFT folder.
+
+    The same task and rows give the same tensors on the same machine. All tasks of a base model with equal
+    LoRA settings start from one A, drawn from ``lora.init_seed``.
+
+    Args:
+        task: What to learn, and how.
+        out: The folder to make. If it holds an adapter, that is replaced at the end.
+        work: Where checkpoints are kept until the run is finished; the same folder lets a later run resume.
+        device: "auto", "cpu" or "cuda".
+        checkpoint_steps: Optimiser steps between checkpoints; it does not change the result.
+        progress: Called after every step.
+
+    Raises:
+        TaskFileError: If the data or the base model is unusable, ``out`` holds something else, another
+            process trains the same task in ``work``, or the training diverges.
+    """
+    started = time.monotonic()
+    out, work = Path(out), Path(work)
+    _check_out(out)
+    rows = task.read_rows("train")
+    key = _training_key(task, rows_digest(rows))
+    folder = work / key
+    folder.mkdir(parents=True, exist_ok=True)
+    with _only_one(work / f"{key}.lock", task):
+        resume = _last_whole_checkpoint(folder)
+        with _isolated_randomness():
+            model, base = _new_adapter(task, resolve_device(device))
+            trainer = _trainer(
+                task,
+                model,
+                base,
+                rows,
+                folder=folder,
+                checkpoint_steps=checkpoint_steps,
+                device=device,
+                progress=progress,
+            )
+            with quiet(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+        _publish(task, model, out, out.parent / f".{out.name}.{key[:12]}.partial")
+        shutil.rmtree(folder)
+    step = None if resume is None else _step(resume)
+    return FinetuneResult(out, time.monotonic() - started, step, len(rows))
+
+
+def _training_key(task: TaskFile, rows: str) -> str:
+    parts = {"code": TRAINING_VERSION, "task": task.definition(), "rows": rows}
+    canonical = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _new_adapter(task: TaskFile, device: str) -> tuple[Any, LoadedBase]:
+    """The base model with a fresh adapter: A from the task's init seed, B zero, head as the base is loaded."""
+    task_type: TaskType = (
+        "SEQ_CLS" if task.kind == "classification" else generation_task_type(task.base_model, task.revision)
+    )
+    # Drawn on the CPU, so that a GPU run starts from the same A.
+    base = load_base(task.base_model, task.revision, task_type, num_labels=len(task.labels) or None)
+    targets = task.lora.target_modules
+    config = LoraConfig(
+        task_type=task_type,
+        r=task.lora.r,
+        lora_alpha=task.lora.alpha,
+        lora_dropout=task.lora.dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        use_rslora=task.lora.use_rslora,
+        bias="none",
+        modules_to_save=list(base.new_layers) or None,  # random layers would differ on every device
+    )
+    torch.manual_seed(task.lora.init_seed)
+    try:
+        model = get_peft_model(base.model, config)
+    except ValueError as reason:
+        raise TaskFileError(
+            f"task {task.name!r}: lora.target_modules {targets!r} does not fit {task.base_model!r}: "
+            f"{str(reason).splitlines()[0]}"
+        ) from reason
+    # Left set, PEFT would ask the hub for this name at every checkpoint.
+    model.peft_config["default"].base_model_name_or_path = ""
+    return model.to(device), base
+
+
+def _trainer(
+    task: TaskFile,
+    model: Any,
+    base: LoadedBase,
+    rows: Sequence[Row],
+    *,
+    folder: Path,
+    checkpoint_steps: int,
+    device: str,
+    progress: Progress | None,
+) -> Any:
+    settings = task.training
+    steps = -(-len(rows) // settings.batch_size) * settings.epochs
+    on_cpu = resolve_device(device) == "cpu"
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=settings.epochs,
+        per_device_train_batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=int(steps * settings.warmup_ratio),
+        weight_decay=settings.weight_decay,
+        optim="adamw_torch",
+        seed=settings.seed,
+        data_seed=settings.seed,
+        save_strategy="steps",
+        save_steps=checkpoint_steps,
+        save_total_limit=_KEPT_CHECKPOINTS,
+        use_cpu=on_cpu,
+        dataloader_pin_memory=not on_cpu,
+        logging_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        log_level="critical",
+    )
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=_dataset(task, model, base.tokenizer, rows),
+        data_collator=_collator(task, base.tokenizer),
+        callbacks=[_MarkCheckpoints(), _Report(task.name, progress)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _dataset(task: TaskFile, model: Any, tokenizer: Any, rows: Sequence[Row]) -> Any:
+    examples: list[dict[str, Any]]
+    decoder = not model.config.is_encoder_decoder
+    generates = task.kind == "generation"
+    limit = input_limit(
+        model, tokenizer, task.max_length, reserved=task.max_new_tokens if generates and decoder else 0
+    )
+    if generates:
+        examples = [
+            training_example(
+                tokenizer,
+                task.prompt,
+                row["input"],
+                row["target"],
+                limit=limit,
+                answer_limit=task.max_new_tokens,
+                decoder=decoder,
+            )
+            for row in rows
+        ]
+    else:
+        ids = {label: index for index, label in enumerate(task.labels)}
+        examples = [
+            classification_example(tokenizer, row["text"], limit) | {"labels": ids[row["label"]]}
+            for row in rows
+        ]
+    return datasets.Dataset.from_list(examples)
+
+
+def _collator(task: TaskFile, tokenizer: Any) -> Any:
+    if task.kind == "classification":
+        return DataCollatorWithPadding(tokenizer)
+    return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
+
+
+class _Report(TrainerCallback):  # type: ignore[misc]  # untyped library
+    """Tells the caller about every step."""
+
+    def __init__(self, task: str, progress: Progress | None) -> None:
+        self._what = f"fine-tune {task}"
+        self._progress = progress
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        if self._progress is not None:
+            self._progress(state.global_step, state.max_steps, self._what)
+
+
+class _MarkCheckpoints(TrainerCallback):  # type: ignore[misc]  # untyped library
+    """Writes a marker into each checkpoint once all of it is on disk.
+
+    The Trainer writes a checkpoint file by file in its final folder, so a killed run leaves one that looks
+    complete by name.
+    """
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        digests = {}
+        for file in sorted(checkpoint.iterdir()):
+            _sync(file)
+            digests[file.name] = _sha256(file)
+        partial = checkpoint / f"{_MARKER}.partial"
+        partial.write_text(json.dumps(digests, sort_keys=True), encoding="utf-8")
+        _sync(partial)
+        partial.replace(checkpoint / _MARKER)
+
+
+def _last_whole_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint whose files are all as they were written; half-written ones are removed."""
+    whole = []
+    for checkpoint in folder.glob("checkpoint-*"):
+        if _is_whole(checkpoint):
+            whole.append(checkpoint)
+        else:
+            shutil.rmtree(checkpoint)
+    return max(whole, key=_step, default=None)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        digests = json.loads((checkpoint / _MARKER).read_bytes())
+        return all(_sha256(checkpoint / name) == digest for name, digest in digests.items())
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def _publish(task: TaskFile, model: Any, out: Path, partial: Path) -> None:
+    """Write the adapter beside ``out`` and move it there whole."""
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    tensors = {name: value.detach().cpu().contiguous() for name, value in sorted(state.items())}
+    _check_finite(task, tensors)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    (partial / TENSOR_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
+    config = json.dumps(_adapter_config(task, model), indent=2, sort_keys=True)
+    (partial / CONFIG_FILE).write_text(f"{config}\n", encoding="utf-8")
+    for file in partial.iterdir():
+        _sync(file)
+    if out.is_dir():
+        # A folder with content cannot be replaced in one step; out is missing for an instant, never half there.
+        old = partial.with_suffix(".old")
+        shutil.rmtree(old, ignore_errors=True)
+        out.rename(old)
+        partial.rename(out)
+        shutil.rmtree(old)
+    else:
+        partial.rename(out)
+    _sync(out.parent)
+
+
+def _adapter_config(task: TaskFile, model: Any) -> dict[str, Any]:
+    """PEFT's configuration with the base model's own name, not the folder it was loaded from."""
+    config = dict(model.peft_config["default"].to_dict())
+    config |= {
+        "base_model_name_or_path": task.base_model,
+        "revision": task.revision,
+        "inference_mode": True,
+    }
+    # Sets have no order of their own; sorted, the same training always writes the same bytes.
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+
+
+def _check_finite(task: TaskFile, tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise TaskFileError(
+                f"task {task.name!r}: the training diverged ({name} is not finite). Lower training.learning_rate, "
+                f"now {task.training.learning_rate}."
+            )
+
+
+def _check_out(out: Path) -> None:
+    if not out.exists():
+        return
+    if not out.is_dir() or {file.name for file in out.iterdir()} - {CONFIG_FILE, TENSOR_FILE}:
+        raise TaskFileError(f"{out}: is there already and is not just an adapter; choose another folder")
+
+
+@contextlib.contextmanager
+def _only_one(lock: Path, task: TaskFile) -> Iterator[None]:
+    """Two runs of one training would write the same checkpoints. The lock goes with its process."""
+    try:
+        with FileLock(lock, timeout=0):
+            yield
+    except Timeout as reason:
+        raise TaskFileError(
+            f"task {task.name!r}: another process is training it in {lock.parent}; wait for it or end it"
+        ) from reason
+
+
+@contextlib.contextmanager
+def _isolated_randomness() -> Iterator[None]:
+    """The Trainer seeds every generator of the process; the caller's go on as if nothing had happened."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the Trainer's
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+        torch.use_deterministic_algorithms(deterministic)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

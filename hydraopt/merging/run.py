@@ -35,6 +35,7 @@ from hydraopt.merging.budget import (
     within_budget,
     within_error,
 )
+from hydraopt.merging.parallel import in_order
 from hydraopt.merging.problem import Factors, ModuleProblem, Option, load_module, module_names
 from hydraopt.merging.recipe import SOLVER_VERSION, Recipe
 
@@ -50,17 +51,25 @@ _TINY = 1e-280  # squared norms below it are zero: their inverse would overflow
 
 
 @dataclass
-class _Errors:
+class Errors:
     """Squared error and norm of each task, summed over modules."""
 
     squared: dict[str, float]
     norm: dict[str, float]
 
+    def add(self, other: Errors) -> None:
+        """Count another module in."""
+        for task in other.squared:
+            self.squared[task] += other.squared[task]
+            self.norm[task] += other.norm[task]
+
     def relative(self, task: str) -> float:
+        """|dW - merged| / |dW| of one task; 0 for a task that changes nothing."""
         norm = self.norm[task]
         return _rounded(math.sqrt(max(self.squared[task], 0.0) / norm)) if norm > 0 else 0.0
 
     def mean(self, tasks: Sequence[str]) -> float:
+        """Root of the mean squared relative error."""
         shares = [
             max(self.squared[task], 0.0) / self.norm[task] if self.norm[task] > 0 else 0.0 for task in tasks
         ]
@@ -108,14 +117,20 @@ class MergeRun:
     def weights(self) -> dict[str, float]:
         """``w_k = 1 / |dW_k|^2`` over the whole adapter; a zero adapter is reproduced by anything, so 0."""
         norms = dict.fromkeys(self.tasks, 0.0)
-        for done, name in enumerate(self.modules):
+        for done, squares in enumerate(in_order(self._squared_norms, self.modules)):
             self.progress(done, len(self.modules), "weigh the tasks")
-            for task, adapter in self.adapters.items():
-                if name in adapter.modules:
-                    up, down = (factor.to(self.device) for factor in adapter.factors(name))
-                    norms[task] += float(((up.mT @ up).double() * (down @ down.mT).double()).sum())
+            for task, square in squares.items():
+                norms[task] += square
         self.progress(len(self.modules), len(self.modules), "weigh the tasks")
         return {task: 1 / norm if norm > _TINY else 0.0 for task, norm in norms.items()}
+
+    def _squared_norms(self, name: str) -> dict[str, float]:
+        squares = {}
+        for task, adapter in self.adapters.items():
+            if name in adapter.modules:
+                up, down = (factor.to(self.device) for factor in adapter.factors(name))
+                squares[task] = float(((up.mT @ up).double() * (down @ down.mT).double()).sum())
+        return squares
 
     @cached_property
     def extras(self) -> dict[str, dict[str, Tensor]]:
@@ -129,9 +144,9 @@ class MergeRun:
         """Per module every way to store it that the recipe allows, "separate" first."""
         modules = []
         _ = self.weights  # all of them are needed before the first module
-        for done, name in enumerate(self.modules):
+        for done, options in enumerate(in_order(lambda name: self._options(self._load(name)), self.modules)):
             self.progress(done, len(self.modules), "trace the curves")
-            modules.append(self._options(self._load(name)))
+            modules.append(options)
         self.progress(len(self.modules), len(self.modules), "trace the curves")
         return modules
 
@@ -229,7 +244,7 @@ class MergeRun:
         manifest = self._manifest(widest, entry, tasks, _LONGEST_ERROR)
         return len(manifest.canonical()) + container_bytes(self.extras)
 
-    def _build(self, choices: Mapping[str, Choice]) -> tuple[dict[str, Tensor], _Errors]:
+    def _build(self, choices: Mapping[str, Choice]) -> tuple[dict[str, Tensor], Errors]:
         """The stored factors of every module, written one after the other into one flat tensor per file."""
         entries = self._module_entries(choices.values())
         flats = {
@@ -237,7 +252,7 @@ class MergeRun:
             for file, shapes in self._flat_shapes(entries).items()
         }
         filled = dict.fromkeys(flats, 0)
-        errors = _Errors(dict.fromkeys(self.tasks, 0.0), dict.fromkeys(self.tasks, 0.0))
+        errors = Errors(dict.fromkeys(self.tasks, 0.0), dict.fromkeys(self.tasks, 0.0))
 
         def append(file: str, parts: tuple[Tensor, ...]) -> None:
             for part in parts:
@@ -245,18 +260,22 @@ class MergeRun:
                 flats[file][start : start + part.numel()] = part.flatten().cpu()
                 filled[file] = start + part.numel()
 
-        for done, (name, choice) in enumerate(choices.items()):
+        built = in_order(lambda item: self._build_module(*item), list(choices.items()))
+        for done, (factors, module_errors) in enumerate(built):
             self.progress(done, len(choices), "build the heads")
-            problem = self._load(name)
-            ranks = dict(zip(problem.tasks, choice.ranks, strict=True))
-            factors = choice.option.solution.build(problem, ranks, self.dtype)
-            check_range(name, factors)
             append(SHARED, factors.shared)
-            for task in problem.tasks:
-                append(task, factors.heads[task])
-            add_errors(errors, problem, factors)
+            for task, parts in factors.heads.items():
+                append(task, parts)
+            errors.add(module_errors)
         self.progress(len(choices), len(choices), "build the heads")
         return flats, errors
+
+    def _build_module(self, name: str, choice: Choice) -> tuple[Factors, Errors]:
+        problem = self._load(name)
+        ranks = dict(zip(problem.tasks, choice.ranks, strict=True))
+        factors = choice.option.solution.build(problem, ranks, self.dtype)
+        check_range(name, factors)
+        return factors, measure_errors(problem, factors)
 
     def _load(self, name: str) -> ModuleProblem:
         return load_module(name, self.adapters, self.weights, self.device)
@@ -320,7 +339,7 @@ class MergeRun:
         self,
         choices: Sequence[Choice],
         flats: dict[str, Tensor],
-        errors: _Errors,
+        errors: Errors,
         digests: Mapping[str, str],
     ) -> Bundle:
         contents = BundleContents(flats.pop(SHARED), flats, self.extras)
@@ -348,19 +367,21 @@ def check_range(module: str, factors: Factors) -> None:
             )
 
 
-def add_errors(errors: _Errors, problem: ModuleProblem, factors: Factors) -> None:
-    """Add this module's ``|dW_k|^2`` and ``|dW_k - stored_k|^2``, from the factors as they are stored.
+def measure_errors(problem: ModuleProblem, factors: Factors) -> Errors:
+    """A module's ``|dW_k|^2`` and ``|dW_k - stored_k|^2``, from the factors as they are stored.
 
     ``|X Y|^2 = tr((X^T X)(Y Y^T))`` with ``X = [B_k, -U_k]`` and ``Y`` the matching right factors: r + p wide.
     """
+    errors = Errors({}, {})
     for k, task in enumerate(problem.tasks):
         up, down = effective_factors(factors, task, problem.ups.dtype)
         left = torch.cat([problem.ups[k], -up], dim=1)
         right = torch.cat([problem.downs[k], down], dim=0)
         gram = (left.mT @ left).double() * (right @ right.mT).double()
         rank = problem.ups.shape[2]
-        errors.squared[task] += float(gram.sum())
-        errors.norm[task] += float(gram[:rank, :rank].sum())
+        errors.squared[task] = float(gram.sum())
+        errors.norm[task] = float(gram[:rank, :rank].sum())
+    return errors
 
 
 def effective_factors(factors: Factors, task: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

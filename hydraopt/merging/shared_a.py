@@ -17,8 +17,8 @@ from torch import Tensor
 from hydraopt.merging.problem import Factors, ModuleProblem, Option, truncated
 
 NAME = "shared-a"
-FULL_EIGH = 320  # up to this size a full eigendecomposition is as fast as an iteration
-MAX_SHARED_RANK = 192
+FULL_EIGH = 1024  # up to this size a full eigendecomposition is as fast as an iteration
+MAX_SHARED_RANK = 128
 _OVERSAMPLING = 16
 _MAX_SWEEPS = 12
 
@@ -88,23 +88,24 @@ def find_basis(problem: ModuleProblem, largest: int) -> Basis:
 
 
 def leading_eigenvectors(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The ``count`` largest eigenvalues, descending, and eigenvectors of a symmetric matrix, in float64.
+    """The ``count`` largest eigenvalues, descending, and eigenvectors of a symmetric matrix.
 
-    Large matrices go through block subspace iteration with Rayleigh-Ritz (Halko, Martinsson & Tropp, SIAM
-    Review 2011), started from a fixed seed, until the captured energy changes by less than 1e-7 of the trace.
+    They come back in float64, as precise as the dtype of ``gram`` allows. Very large matrices go through block
+    subspace iteration with Rayleigh-Ritz (Halko, Martinsson & Tropp, SIAM Review 2011), started from a fixed
+    seed, until the captured energy changes by less than 1e-7 of the trace.
     """
     size = gram.shape[0]
     block = count + _OVERSAMPLING
     if size <= FULL_EIGH or 2 * block > size:
-        values, vectors = torch.linalg.eigh(gram.double())
-        return values.flip(-1)[:count], vectors.flip(-1)[:, :count]
+        values, vectors = torch.linalg.eigh(gram)
+        return values.double().flip(-1)[:count], vectors.double().flip(-1)[:, :count]
     start = torch.randn(size, block, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     subspace = gram @ start.to(gram.device, gram.dtype)
     trace = float(gram.diagonal().sum(dtype=torch.float64))
     captured = 0.0
     for _ in range(_MAX_SWEEPS):
-        subspace = gram @ torch.linalg.qr(gram @ torch.linalg.qr(subspace).Q).Q
-        q = torch.linalg.qr(subspace).Q
+        q = torch.linalg.qr(gram @ torch.linalg.qr(gram @ subspace).Q).Q
+        subspace = q
         ritz, rotation = torch.linalg.eigh((q.mT @ (gram @ q)).double())
         energy = float(ritz[-count:].sum())
         if energy - captured <= 1e-7 * trace:

@@ -37,8 +37,8 @@ Trusted = Mapping[str, Ed25519PublicKey]
 """Public key by name of everybody whose approval counts."""
 
 
-def approve(
-    store: ObjectStore, name: str, bundle_id: str, who: str, key: Ed25519PrivateKey, *, trusted: Trusted
+def approve(  # noqa: PLR0917 - a sentence: who signs what with which key, trusted by whom
+    store: ObjectStore, name: str, bundle_id: str, who: str, key: Ed25519PrivateKey, trusted: Trusted
 ) -> dict[str, Any]:
     """Record that ``who`` approves a candidate whose gates passed; safe to repeat.
 

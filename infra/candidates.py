@@ -1,4 +1,4 @@
-"""Candidates: what was merged, where each stands, and the release manager's verbs."""
+"""Candidates: where each stands, and in one place every verb on one, from the merge to the decision."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hydraopt.errors import RecordError
 from hydraopt.names import check_name
 from infra.approvals import approve, read_approval, reject, verify_approval
 from infra.bundle_store import claim_fingerprint, find_by_fingerprint, read_manifest, upload_bundle
-from infra.evidence import read_gate_report, write_evidence, write_gate_report
+from infra.evidence import read_evidence, read_gate_report, write_evidence, write_gate_report
 from infra.object_store import ObjectStore
 from infra.records import State, read_record
 
@@ -58,9 +58,16 @@ def list_candidates(store: ObjectStore, name: str | None = None) -> list[Candida
 def resolve(store: ObjectStore, id_prefix: str, name: str | None = None) -> tuple[str, str]:
     """The bundle name and whole id of the one candidate whose id starts with ``id_prefix``.
 
+    Args:
+        store: Where.
+        id_prefix: The first characters of the id, or ``NAME/`` and these.
+        name: Bundle name; None looks at all.
+
     Raises:
         RecordError: If the prefix is too short or no hex, or none or several candidates match.
     """
+    if name is None and "/" in id_prefix:
+        name, id_prefix = id_prefix.split("/", 1)
     if not re.fullmatch(rf"[0-9a-f]{{{_SHORTEST_PREFIX},64}}", id_prefix):
         raise RecordError(f"{id_prefix!r} is no bundle id: give {_SHORTEST_PREFIX} to 64 of 0-9 and a-f")
     prefix = "records/" if name is None else f"records/{check_name(name, 'bundle name')}/"
@@ -70,7 +77,9 @@ def resolve(store: ObjectStore, id_prefix: str, name: str | None = None) -> tupl
         raise RecordError(f"no candidate's id starts with {id_prefix!r}: see `hydraopt candidates`")
     if len(found) > 1:
         names = ", ".join(f"{bundle}/{bundle_id[:16]}" for bundle, bundle_id in found[:5])
-        raise RecordError(f"{len(found)} candidates start with {id_prefix!r} ({names}): give more of the id")
+        raise RecordError(
+            f"{len(found)} candidates start with {id_prefix!r} ({names}): give more of the id, or NAME/ID"
+        )
     return found[0]
 
 
@@ -118,6 +127,7 @@ __all__ = [
     "find_by_fingerprint",
     "list_candidates",
     "read_approval",
+    "read_evidence",
     "read_gate_report",
     "read_manifest",
     "reject",

@@ -52,13 +52,12 @@ class Pulled(BaseModel):
     reused_files: int = Field(description="Files that were here already and are right.")
 
 
-def pull(
+def pull(  # noqa: PLR0917 - progress comes last in every verb
     store: ObjectStore,
     name: str,
     channel: str,
     out: Path,
     trusted: Trusted,
-    *,
     progress: Progress | None = None,
 ) -> Pulled:
     """Make ``out`` the bundle that ``channel`` shows. Needs no more than reading rights on the store.

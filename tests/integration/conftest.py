@@ -109,7 +109,7 @@ class Manager:
 
     def approved(self, seed: int) -> str:
         bundle_id, _ = self.judged(seed)
-        approve(self.store, self.name, bundle_id, self.who, self.key, trusted=self.trusted)
+        approve(self.store, self.name, bundle_id, self.who, self.key, self.trusted)
         return bundle_id
 
 

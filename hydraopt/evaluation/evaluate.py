@@ -23,6 +23,7 @@ from hydraopt.base_models import (
     generation_task_type,
     load_base,
     quiet,
+    resolve_device,
 )
 from hydraopt.bundle import Bundle
 from hydraopt.errors import AdapterFormatError, TaskFileError
@@ -80,11 +81,10 @@ def evaluate_adapter(
     _check_base(task, adapter.base_model, adapter.revision, f"adapter {str(folder)!r}")
     task_type = _task_type(task, adapter.task_type)
     chosen = _choose_rows(task, rows, limit)
-    base = load_base(
-        task.base_model, task.revision, task_type, num_labels=len(task.labels) or None, device=device
-    )
+    target = resolve_device(device)
+    base = load_base(task.base_model, task.revision, task_type, num_labels=len(task.labels) or None)
     _check_layers(adapter, base, task)
-    model = _load_adapter(base.model, adapter)
+    model = _load_adapter(base.model, adapter).to(target)
     return evaluate_model(task, model, base.tokenizer, chosen, batch_size=batch_size, progress=progress)
 
 
@@ -139,11 +139,9 @@ def evaluate_bundle_tasks(
         return {}
     task_type = _shared_task_type(tasks, opened)
     chosen = {task.name: _choose_rows(task, (rows or {}).get(task.name), limit) for task in tasks}
-    first = tasks[0]
-    base = load_base(
-        first.base_model, first.revision, task_type, num_labels=len(first.labels) or None, device=device
-    )
-    model = opened.attach(base.model)
+    first, target = tasks[0], resolve_device(device)
+    base = load_base(first.base_model, first.revision, task_type, num_labels=len(first.labels) or None)
+    model: Any = opened.attach(base.model).to(target)
     results = {}
     for task in tasks:
         model.set_adapter(task.name)
@@ -289,9 +287,7 @@ def _load_adapter(model: Any, adapter: Adapter) -> Any:
         # PEFT only warns when tensors are missing and goes on with random ones.
         warnings.filterwarnings("error", message="Found missing adapter keys")
         try:
-            return PeftModel.from_pretrained(
-                model, str(adapter.folder), torch_device=str(model.device)
-            ).eval()
+            return PeftModel.from_pretrained(model, str(adapter.folder), torch_device="cpu").eval()
         except (RuntimeError, ValueError, UserWarning) as reason:
             raise AdapterFormatError(
                 f"{adapter.folder}: PEFT cannot put it on its base model: {str(reason).splitlines()[0]}"

@@ -203,11 +203,9 @@ def _fault(own: Evaluation | None, merged: Evaluation | None, a: float | None, b
     return ""
 
 
-def _drop_percent(own: float, merged: float) -> float | None:
-    """None where nothing was there to lose and yet less is left; it cannot happen to scores of at least 0."""
-    if own == 0:
-        return 0.0 if merged >= own else None
-    return 100 * (own - merged) / own
+def _drop_percent(own: float, merged: float) -> float:
+    """What share of the score is lost. Where there was nothing to lose, nothing is."""
+    return 0.0 if own <= _ROUNDING else 100 * (own - merged) / own
 
 
 def _judge_task(rules: GateRules, name: str, comparison: TaskComparison, fault: str) -> list[Verdict]:
@@ -233,8 +231,8 @@ def _judge_task(rules: GateRules, name: str, comparison: TaskComparison, fault: 
             limit=limit,
             passed=kept,
             reason=fault
-            or f"{comparison.metric} {comparison.own} alone, {comparison.merged} merged: "
-            f"{'no drop can be told' if drop is None else f'{drop:.2f} % lost'}, at most {limit:.2f} % allowed",
+            or f"{comparison.metric} {comparison.own:.4f} alone, {comparison.merged:.4f} merged: "
+            f"{drop:.2f} % lost, at most {limit:.2f} % allowed",
         ),
     ]
 
@@ -259,9 +257,8 @@ def _mean(drops: list[float | None]) -> float | None:
 
 
 def _score(evaluation: Evaluation | None) -> float | None:
-    """The score if it is one: finite and not negative."""
-    value = None if evaluation is None else _finite(evaluation.value)
-    return value if value is not None and value >= 0 else None
+    """The score if it is one: in [0, 1], where every metric lies. NaN is in no interval."""
+    return evaluation.value if evaluation is not None and 0 <= evaluation.value <= 1 else None
 
 
 def _finite(value: float) -> float | None:

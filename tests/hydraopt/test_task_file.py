@@ -122,7 +122,7 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path, text, words):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(TaskFileError, match="nothing.yaml: cannot be read"):
+    with pytest.raises(TaskFileError, match=r"nothing\.yaml: cannot be read"):
         TaskFile.load(tmp_path / "nothing.yaml")
 
 
@@ -155,10 +155,10 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
     (tmp_path / "test.jsonl").write_bytes(b'{"text": "caf\xe9", "label": "refund"}\n')
     with pytest.raises(TaskFileError, match="not UTF-8"):
         task.read_rows("test")
-    with pytest.raises(TaskFileError, match="train.jsonl.gz: cannot be read"):
+    with pytest.raises(TaskFileError, match=r"train\.jsonl\.gz: cannot be read"):
         task.read_rows("train")
     (tmp_path / "train.jsonl.gz").write_bytes(gzip.compress(lines(*ROWS).encode() * 100)[:-20])
-    with pytest.raises(TaskFileError, match="train.jsonl.gz: cannot be read"):
+    with pytest.raises(TaskFileError, match=r"train\.jsonl\.gz: cannot be read"):
         task.read_rows("train")
     with pytest.raises(TaskFileError, match="no validation data"):
         task.read_rows("validation")
@@ -291,5 +291,5 @@ def test_a_data_set_gives_class_names_for_class_numbers(tmp_path):
 def test_a_data_set_that_cannot_be_loaded_is_named(tmp_path):
     (tmp_path / "nothing-inside").mkdir()
     task = load(tmp_path, data={"hub": {"name": str(tmp_path / "nothing-inside")}})
-    with pytest.raises(TaskFileError, match="nothing-inside.*split 'test' cannot be loaded"):
+    with pytest.raises(TaskFileError, match=r"nothing-inside.*split 'test' cannot be loaded"):
         task.read_rows("test")

@@ -1,0 +1,202 @@
+"""Reading PEFT folders: exactly what PEFT computes, or refused by name."""
+
+from __future__ import annotations
+
+import json
+import pickle
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import hydraopt
+from hydraopt.errors import AdapterFormatError
+
+CONFIGS = {
+    "plain": {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "down_proj"]},
+    "rslora": {"r": 4, "lora_alpha": 3, "use_rslora": True, "target_modules": ["q_proj"]},
+    "regex": {"r": 2, "lora_alpha": 5, "target_modules": r".*\.1\.mlp\.(up|down)_proj"},
+    "all-linear": {"r": 2, "lora_alpha": 2, "target_modules": "all-linear"},
+    "patterns": {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["q_proj", "v_proj"],
+        "rank_pattern": {"q_proj": 2, r"layers\.1\.self_attn\.v_proj": 3},
+        "alpha_pattern": {"layers.0.self_attn.q_proj": 7},
+    },
+    "patterns and rslora": {
+        "r": 4,
+        "lora_alpha": 8,
+        "use_rslora": True,
+        "target_modules": ["q_proj", "v_proj"],
+        "rank_pattern": {"v_proj": 1},
+    },
+}
+
+
+def tiny_llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=11
+    )
+    return LlamaForCausalLM(config)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_updates_equal_those_of_peft(kind, tmp_path):
+    """PEFT's own get_delta_weight is the reference for scaling, patterns and targets."""
+    model = get_peft_model(tiny_llama(), LoraConfig(task_type="CAUSAL_LM", **CONFIGS[kind]))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter)
+    model.peft_config["default"].base_model_name_or_path = "tiny/llama"
+    model.save_pretrained(tmp_path / "adapter")
+
+    adapter = hydraopt.read_adapter(tmp_path / "adapter")
+
+    expected = {
+        name.removeprefix("base_model.model."): layer.get_delta_weight("default")
+        for name, layer in model.named_modules()
+        if hasattr(layer, "get_delta_weight")
+    }
+    assert set(adapter.modules) == set(expected)
+    for name, update in expected.items():
+        up, down = adapter.factors(name, torch.float64)
+        # PEFT multiplies in float32: a few eps of that.
+        torch.testing.assert_close((up @ down).float(), update.detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_digest_follows_what_is_computed_not_how_it_is_stored(workshop):
+    first = hydraopt.read_adapter(workshop.adapter("a", seed=1))
+    same = hydraopt.read_adapter(workshop.adapter("b", seed=1, lora_dropout=0.3))
+    other_alpha = hydraopt.read_adapter(workshop.adapter("c", seed=1, lora_alpha=9))
+    other_base = hydraopt.read_adapter(workshop.adapter("d", seed=1, base_model_name_or_path="other/base"))
+    other_values = hydraopt.read_adapter(workshop.adapter("e", seed=2))
+    assert first.digest == same.digest
+    assert len({first.digest, other_alpha.digest, other_base.digest, other_values.digest}) == 4
+
+
+def test_reference_bytes_count_two_a_number_whatever_the_file_holds(workshop):
+    wide = workshop.adapter("wide", dtype=torch.float32)
+    narrow = workshop.adapter("narrow", dtype=torch.bfloat16)
+    numbers = 2 * sum(4 * (d_out + d_in) for d_out, d_in in ((12, 16), (8, 16), (16, 24)))
+    expected = 2 * numbers + (wide / "adapter_config.json").stat().st_size
+    assert hydraopt.read_adapter(wide).reference_bytes == expected
+    assert hydraopt.read_adapter(narrow).reference_bytes == expected
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "word"),
+    [
+        ("use_dora", True, "DoRA"),
+        ("lora_bias", True, "bias"),
+        ("bias", "all", "bias"),
+        ("kasa_config", {"a": 1}, "KaSA"),
+        ("layer_replication", [[0, 2]], "replicated"),
+        ("init_lora_weights", "pissa_niter_4", "path_initial_model_for_weight_conversion"),
+        ("some_new_switch", True, "some_new_switch"),
+        ("peft_type", "VERA", "VERA"),
+        ("base_model_name_or_path", None, "base_model_name_or_path"),
+        ("r", "four", "number"),
+        ("r", 5, "rank 5"),
+        ("target_modules", ["k_proj"], "target_modules"),
+    ],
+)
+def test_what_cannot_be_read_exactly_is_refused_by_name(workshop, setting, value, word):
+    folder = workshop.adapter("a", **{setting: value})
+    with pytest.raises(AdapterFormatError, match=word) as error:
+        hydraopt.read_adapter(folder)
+    assert str(folder) in str(error.value)
+
+
+def test_pickled_weights_are_refused_unopened(workshop, tmp_path):
+    """Opening either file as a pickle would create the marker."""
+    marker = tmp_path / "ran"
+
+    class Bomb:
+        def __reduce__(self):
+            return (open, (str(marker), "w"))
+
+    folder = workshop.adapter("a")
+    (folder / "adapter_model.safetensors").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(AdapterFormatError, match="pickle"):
+        hydraopt.read_adapter(folder)
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(AdapterFormatError, match=r"adapter_model.bin.*pickled"):
+        hydraopt.read_adapter(folder)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_values_that_are_not_finite_are_refused(workshop, value):
+    folder = workshop.adapter("a", extras={})
+    adapter = hydraopt.read_adapter(folder)
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "adapter_model.safetensors")
+    name = "base_model.model.model.layers.1.q_proj.lora_B.weight"
+    tensors[name][2, 1] = value
+    save_file(tensors, folder / "adapter_model.safetensors")
+    with pytest.raises(AdapterFormatError, match=r"layers\.1\.q_proj\.lora_B"):
+        adapter.check_finite()
+    with pytest.raises(AdapterFormatError, match="NaN or infinite"):
+        hydraopt.merge({"a": folder}, budget=0.9)
+
+
+def test_broken_folders_are_named(workshop, tmp_path):
+    with pytest.raises(AdapterFormatError, match="no such folder"):
+        hydraopt.read_adapter(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(AdapterFormatError, match=r"adapter_config\.json is missing"):
+        hydraopt.read_adapter(tmp_path / "empty")
+    folder = workshop.adapter("a")
+    (folder / "adapter_config.json").write_text("{")
+    with pytest.raises(AdapterFormatError, match="not JSON"):
+        hydraopt.read_adapter(folder)
+    folder = workshop.adapter("b")
+    file = folder / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(AdapterFormatError, match="safetensors"):
+        hydraopt.read_adapter(folder)
+
+
+@pytest.mark.parametrize("length", [2**62, 200_000_000, 7])
+def test_a_lying_header_length_is_refused_without_reading_it(workshop, length):
+    folder = workshop.adapter("a")
+    (folder / "adapter_model.safetensors").write_bytes(length.to_bytes(8, "little") + b"{}" * 20)
+    with pytest.raises(AdapterFormatError, match="safetensors"):
+        hydraopt.read_adapter(folder)
+
+
+@pytest.mark.parametrize(
+    ("extra", "word"),
+    [
+        ("base_model.model.model.embed_tokens.weight", "embed_tokens"),
+        ("base_model.model.model.layers.0.q_proj.lora_magnitude_vector", "magnitude"),
+        ("model.layers.0.q_proj.lora_A.weight", "does not start with"),
+        ("base_model.model.model.layers.0.o_proj.lora_A.weight", "no matching lora_B"),
+        ("base_model.model.model.layers.0.o_proj.lora_B.weight", "no matching lora_A"),
+    ],
+)
+def test_tensors_nobody_asked_for_are_refused_not_dropped(workshop, extra, word):
+    folder = workshop.adapter("a", extras={extra: torch.zeros(4, 4)})
+    with pytest.raises(AdapterFormatError, match=word):
+        hydraopt.read_adapter(folder)
+
+
+def test_modules_to_save_are_extras(workshop):
+    head = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
+    folder = workshop.adapter(
+        "a", extras={"base_model.model.lm_head.weight": head}, modules_to_save=["lm_head"]
+    )
+    adapter = hydraopt.read_adapter(folder)
+    assert adapter.extras == ("base_model.model.lm_head.weight",)
+    assert adapter.saved_modules == ("lm_head",)
+    assert torch.equal(adapter.extra("base_model.model.lm_head.weight"), head)
+
+
+def test_configuration_is_read_as_json_not_as_code(workshop):
+    folder = workshop.adapter("a", auto_mapping={"base_model_class": "X", "parent_library": "os"})
+    assert json.loads((folder / "adapter_config.json").read_text())["auto_mapping"]
+    assert hydraopt.read_adapter(folder).modules  # read, and nothing of it imported

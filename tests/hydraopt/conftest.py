@@ -1,13 +1,30 @@
-"""Small adapters on disk, and dense float64 references made without the code under test."""
+"""Small adapters on disk, with dense float64 references made without the code under test; and tiny random
+models with tokenizers and tasks of their own. Nothing is downloaded."""
 
 from __future__ import annotations
 
 import json
+import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from hydraopt.evaluation.task_file import TaskFile
 
 SHAPES = {"q_proj": (12, 16), "v_proj": (8, 16), "down_proj": (16, 24)}
 
@@ -92,3 +109,183 @@ class Workshop:
 @pytest.fixture
 def workshop(tmp_path) -> Workshop:
     return Workshop(tmp_path / "adapters")
+
+
+TOPICS = {
+    "fruit": ["apple", "pear", "plum", "cherry"],
+    "metal": ["iron", "copper", "zinc", "nickel"],
+    "colour": ["red", "green", "blue", "yellow"],
+}
+FILLERS = [
+    "the",
+    "a",
+    "some",
+    "my",
+    "is",
+    "was",
+    "very",
+    "nice",
+    "old",
+    "new",
+    "here",
+    "there",
+    "and",
+    "with",
+]
+SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A two-layer BERT without a classifier, with dropout, so that training depends on the random state."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-encoder"
+    tokenizer = word_tokenizer(
+        cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]", unk_token="[UNK]", model_max_length=64
+    )
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    save(BertModel, config, tokenizer, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A two-layer Llama whose tokenizer has no padding token, as is usual."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-decoder"
+    tokenizer = word_tokenizer(bos_token="[CLS]", eos_token="[SEP]", unk_token="[UNK]", model_max_length=128)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=64,
+        max_position_embeddings=128,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=None,
+    )
+    save(LlamaForCausalLM, config, tokenizer, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_seq2seq(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A T5 with one layer on each side."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-seq2seq"
+    tokenizer = word_tokenizer(eos_token="[SEP]", pad_token="[PAD]", unk_token="[UNK]", model_max_length=128)
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=32,
+        d_kv=16,
+        d_ff=64,
+        num_layers=1,
+        num_heads=2,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        decoder_start_token_id=tokenizer.pad_token_id,
+    )
+    save(T5ForConditionalGeneration, config, tokenizer, folder)
+    return folder
+
+
+@pytest.fixture
+def topic_task(tiny_encoder: Path, tmp_path: Path) -> Callable[..., TaskFile]:
+    """Makes a classification task whose label follows from one word of the text."""
+
+    def make(**changes: Any) -> TaskFile:
+        write_rows(tmp_path / "train.jsonl", topic_rows(48, seed=1))
+        write_rows(tmp_path / "test.jsonl", topic_rows(30, seed=2))
+        values: dict[str, Any] = {
+            "name": "topic",
+            "application": "topic classification",
+            "language": "en",
+            "base_model": str(tiny_encoder),
+            "kind": "classification",
+            "labels": list(TOPICS),
+            "data": {"train": "train.jsonl", "test": "test.jsonl"},
+            "lora": {"r": 4, "alpha": 8, "dropout": 0.1},
+            "training": {"epochs": 4, "batch_size": 8, "learning_rate": 0.02},
+        }
+        path = tmp_path / "topic.yaml"
+        path.write_text(yaml.safe_dump(values | changes), encoding="utf-8")
+        return TaskFile.load(path)
+
+    return make
+
+
+@pytest.fixture
+def echo_task(tmp_path: Path) -> Callable[..., TaskFile]:
+    """Makes a generation task: name the one word of the input that is no filler."""
+
+    def make(base_model: Path, **changes: Any) -> TaskFile:
+        rows = [{"input": row["text"], "target": topic_word(row["text"])} for row in topic_rows(60, seed=3)]
+        write_rows(tmp_path / "train.jsonl", rows[:48])
+        write_rows(tmp_path / "test.jsonl", rows[48:])
+        values: dict[str, Any] = {
+            "name": "echo",
+            "application": "echo",
+            "language": "en",
+            "base_model": str(base_model),
+            "kind": "generation",
+            "prompt": "the {input} is",
+            "metric": "exact_match",
+            "max_length": 32,
+            "max_new_tokens": 4,
+            "data": {"train": "train.jsonl", "test": "test.jsonl"},
+            "lora": {"r": 4, "alpha": 8},
+            "training": {"epochs": 2, "batch_size": 8, "learning_rate": 0.02},
+        }
+        path = tmp_path / "echo.yaml"
+        path.write_text(yaml.safe_dump(values | changes), encoding="utf-8")
+        return TaskFile.load(path)
+
+    return make
+
+
+def topic_rows(count: int, seed: int) -> list[dict[str, str]]:
+    rng = random.Random(seed)
+    rows = []
+    for index in range(count):
+        label = list(TOPICS)[index % len(TOPICS)]
+        words = [rng.choice(FILLERS) for _ in range(rng.randint(1, 9))]
+        words.insert(rng.randint(0, len(words)), rng.choice(TOPICS[label]))
+        rows.append({"text": " ".join(words), "label": label})
+    return rows
+
+
+def topic_word(text: str) -> str:
+    return next(word for word in text.split() if word not in FILLERS)
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def word_tokenizer(**settings: Any) -> PreTrainedTokenizerFast:
+    words = [*SPECIALS, *FILLERS, *(word for topic in TOPICS.values() for word in topic)]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    ids = {special: vocabulary[special] for special in SPECIALS}
+    frame = {"cls_token": "[CLS] $A [SEP]", "bos_token": "[CLS] $A"}
+    single = next((template for token, template in frame.items() if token in settings), "$A [SEP]")
+    tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=list(ids.items()))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **settings)
+
+
+def save(kind: Any, config: Any, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        model = kind(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

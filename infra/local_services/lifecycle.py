@@ -149,7 +149,7 @@ def _prepare(home: Path) -> Path:
         if not home.is_dir():
             home.mkdir(parents=True, mode=0o700)
         for folder in ("logs", "store", "prefect", "mlflow-artifacts"):
-            (home / folder).mkdir(exist_ok=True)
+            (home / folder).mkdir(exist_ok=True, mode=0o700)
         ignore = home / ".gitignore"
         if not ignore.exists():
             ignore.write_text("*\n", encoding="utf-8")

@@ -40,12 +40,13 @@ def choose(
         ServiceError: If none of the 500 ports from the preferred one on is free.
     """
     chosen: dict[str, int] = {}
+    avoid = set(taken)
     for role, first in preferred.items():
-        avoid = {*taken, *chosen.values()}
         for port in range(first, first + _TRIES):
             pair = {port, port + GRPC_OFFSET} if with_grpc else {port}
             if not pair & avoid and all(is_free(each) for each in pair):
                 chosen[role] = port
+                avoid |= pair
                 break
         else:
             raise ServiceError(f"no free port for {role} in {first}..{first + _TRIES - 1} of {HOST}")

@@ -1,0 +1,183 @@
+"""What surrounds the servers: ports, processes, records. No server is started here."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from hydraopt.errors import HydraoptError, ServiceError
+from infra.local_services import down, ports, processes, status
+from infra.local_services.state import Record, Records
+
+SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
+
+
+@pytest.fixture(autouse=True)
+def no_variables(monkeypatch):
+    for name in [name for name in os.environ if name.startswith("HYDRAOPT_")]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def home(tmp_path):
+    folder = tmp_path / "home"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def stranger():
+    """A process that has nothing to do with us."""
+    process = subprocess.Popen(SLEEP)
+    yield psutil.Process(process.pid)
+    process.kill()
+    process.wait()
+
+
+def run(home, name, *command):
+    """Start a process the way a service is started."""
+    environment = {**os.environ, processes.MARK: processes.mark(home, name)}
+    return processes.start(command, environment=environment, folder=home, log=home / "log")
+
+
+def wait_until(condition, what):
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end, what
+        time.sleep(0.05)
+
+
+def test_the_preferred_port_is_taken_if_free():
+    with socket.socket() as probe:
+        probe.bind((ports.HOST, 0))
+        port = probe.getsockname()[1]
+    assert ports.choose({"http": port}) == {"http": port}
+
+
+def test_a_busy_or_kept_port_is_passed_over():
+    with socket.socket() as busy:
+        busy.bind((ports.HOST, 0))
+        busy.listen()
+        port = busy.getsockname()[1]
+        assert ports.choose({"http": port}, taken=[port + 1])["http"] >= port + 2
+
+
+def test_a_port_whose_grpc_twin_is_busy_is_passed_over():
+    with socket.socket() as busy:
+        busy.bind((ports.HOST, 0))
+        busy.listen()
+        port = busy.getsockname()[1] - ports.GRPC_OFFSET
+        assert ports.choose({"s3": port}, with_grpc=True)["s3"] > port
+
+
+def test_no_two_roles_share_a_port():
+    chosen = ports.choose({"a": 21000, "b": 21000, "c": 31000}, with_grpc=True)
+    assert len({*chosen.values(), *(port + ports.GRPC_OFFSET for port in chosen.values())}) == 6
+
+
+def test_a_started_process_is_found_by_number_and_start(home):
+    pid, started = run(home, "store", *SLEEP)
+    assert processes.find(pid, started).pid == pid
+    assert processes.find(pid, started - 60) is None
+    assert processes.find(pid, None) is None
+    assert os.getsid(pid) == pid  # closing the terminal does not reach it
+    assert processes.stop(processes.find(pid, started), processes.mark(home, "store"), grace_s=5)
+    assert processes.find(pid, started) is None
+
+
+def test_a_process_that_ends_by_itself_is_not_taken_for_a_living_one(home):
+    pid, started = run(home, "store", sys.executable, "-c", "")
+    wait_until(lambda: processes.find(pid, started) is None, "a dead process still counts as living")
+
+
+def test_stopping_reaches_what_a_killed_leader_left_behind(home):
+    script = f"import subprocess; subprocess.Popen({SLEEP!r}).wait()"
+    pid, started = run(home, "mlflow", sys.executable, "-c", script)
+    leader = processes.find(pid, started)
+    wait_until(leader.children, "no child")
+    child = leader.children()[0]
+    leader.kill()
+    wait_until(lambda: processes.find(pid, started) is None, "leader still lives")
+    wait_until(lambda: processes.MARK in child.environ(), "child has not begun")
+    assert processes.stop(None, processes.mark(home, "mlflow"), grace_s=5)
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+
+
+def test_what_ignores_sigterm_is_killed(home):
+    script = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True); time.sleep(60)"
+    pid, started = run(home, "mlflow", sys.executable, "-c", script)
+    wait_until((home / "log").read_text, "not ready")
+    assert processes.stop(processes.find(pid, started), processes.mark(home, "mlflow"), grace_s=0.3)
+    assert processes.find(pid, started) is None
+
+
+def test_down_never_touches_a_stranger_with_a_recorded_number(home, stranger):
+    """The computer restarted, and somebody else got the number."""
+    record = Record(address="http://127.0.0.1:5000", pid=stranger.pid, started=stranger.create_time() - 3600)
+    Records().put(home, "mlflow", record)
+    assert not status(home)["mlflow"].running
+    down(home)
+    assert stranger.is_running()
+    assert Records.read(home).get("mlflow").pid is None
+
+
+def test_down_leaves_services_of_other_homes_alone(home, tmp_path):
+    other = tmp_path / "home-2"
+    other.mkdir()
+    pid, started = run(other, "store", *SLEEP)
+    down(home)
+    assert processes.find(pid, started) is not None
+    assert processes.stop(None, processes.mark(other, "store"), grace_s=5)
+
+
+def test_down_stops_what_was_started_but_never_recorded(home):
+    """`up` was killed between starting a process and writing it down."""
+    pid, started = run(home, "prefect", *SLEEP)
+    down(home)
+    assert processes.find(pid, started) is None
+
+
+def test_leftover_files_mean_nothing(home):
+    (home / "services.lock").write_text("12345")
+    Records().put(
+        home, "store", Record(address="http://127.0.0.1:8333", ports={"s3": 8333}, pid=2**22, started=1.0)
+    )
+    states = status(home)
+    assert not states["store"].running
+    assert "hydraopt up" in states["store"].problem
+    down(home)
+    assert Records.read(home).get("store").ports == {"s3": 8333}  # the address stays for the next start
+
+
+def test_nothing_is_made_by_looking(tmp_path):
+    for look in (status, down):
+        assert [service.running for service in look(tmp_path / "nothing").services] == [False] * 4
+    assert not (tmp_path / "nothing").exists()
+    with pytest.raises(KeyError):
+        status(tmp_path)["database"]
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"version": 2}', '{"services": {"store": {"pid": "x"}}}'])
+def test_a_damaged_record_is_named(home, content):
+    (home / "services.json").write_text(content)
+    with pytest.raises(HydraoptError, match=r"services\.json is damaged"):
+        down(home)
+
+
+def test_the_record_is_what_settings_read(home):
+    Records().put(home, "mlflow", Record(address="http://127.0.0.1:5000", pid=1, started=1.0))
+    content = json.loads((home / "services.json").read_text())
+    assert content["services"]["mlflow"]["address"] == "http://127.0.0.1:5000"
+
+
+def test_no_free_port_is_said(monkeypatch):
+    monkeypatch.setattr(ports, "is_free", lambda port: False)
+    with pytest.raises(ServiceError, match=r"no free port for http in 5000\.\.5499"):
+        ports.choose({"http": 5000})

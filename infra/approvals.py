@@ -70,7 +70,7 @@ def approve(  # noqa: PLR0917 - a sentence: who signs what with which key, trust
         "name": name,
         "bundle_id": bundle_id,
         "decision": "approved",
-        "gate_report_sha256": report.digest,
+        "gate_report_sha256": parse_judgement(gated).report_sha256,
         "gated_sha256": gated.sha256,
         "as": who,
         "time": now(),
@@ -136,7 +136,7 @@ def verify_approval(store: ObjectStore, name: str, bundle_id: str, trusted: Trus
             f"the gate report of bundle {bundle_id} is gone or was changed after {payload['as']!r} approved it"
         )
     report = check_judgement(store, name, bundle_id, gated)
-    if report.digest != payload.get("gate_report_sha256"):
+    if parse_judgement(gated).report_sha256 != payload.get("gate_report_sha256"):
         raise RecordError(f"the approval of bundle {bundle_id} names another gate report")
     _check_passed(report)
     newest = latest_record(store, name, bundle_id, "gated")

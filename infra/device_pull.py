@@ -205,7 +205,7 @@ def _take(here: dict[int, list[Path]], target: Path, entry: FileEntry) -> bool:
             try:
                 os.link(candidate, target)  # costs no space
             except OSError:
-                shutil.copyfile(candidate, target)  # such as on a card with FAT
+                shutil.copyfile(candidate, target)  # a file system without hard links
             return True
     return False
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -110,10 +112,12 @@ def read_gate_report(store: ObjectStore, name: str, bundle_id: str) -> GateRepor
 
 
 def check_judgement(store: ObjectStore, name: str, bundle_id: str, record: Record) -> GateReport:
-    """Judge again what a gate record judged, from the evidence it names; return the report if it is the same.
+    """Judge again what a gate record judged, from the evidence it names; return the report as recorded.
+
+    Wording may change between versions of hydraopt, and rules may be added; what was found may not.
 
     Raises:
-        RecordError: If the evidence is gone or changed, or leads to another report.
+        RecordError: If the evidence is gone or changed, or leads to other findings.
     """
     judgement = parse_judgement(record)
     evidence = find_record(store, name, bundle_id, "evaluated", judgement.evidence_sha256)
@@ -123,17 +127,34 @@ def check_judgement(store: ObjectStore, name: str, bundle_id: str, record: Recor
             "evaluate it again with `hydraopt reconcile`"
         )
     manifest = read_manifest(store, name, bundle_id)
-    parsed = _evidence(evidence)
-    again = _judge(judgement.report.rules, bundle_id, parsed)
-    whole = set(parsed.own) == set(parsed.merged) == set(manifest.tasks)
-    true_ratio = parsed.storage_ratio == manifest.storage_ratio
-    same = again.digest == judgement.report.digest == judgement.report_sha256
-    if not (whole and true_ratio and same):
+    measured, said = _evidence(evidence), judgement.report
+    again = _judge(said.rules, bundle_id, measured)
+    holds = (
+        set(measured.own) == set(measured.merged) == set(manifest.tasks)
+        and measured.storage_ratio == manifest.storage_ratio
+        and _report_sha256(record) == judgement.report_sha256
+        and said.bundle_id == bundle_id
+        and said.passed == again.passed
+        and said.tasks == again.tasks
+        and _findings(said) <= _findings(again)
+    )
+    if not holds:
         raise RecordError(
             f"the gate report of bundle {bundle_id} does not follow from its measurements: it was changed, or "
             "judged by another version of hydraopt. Judge it again with `hydraopt reconcile`"
         )
-    return again
+    return said
+
+
+def _findings(report: GateReport) -> set[tuple[str, str, float | None, float, bool]]:
+    return {(one.rule, one.subject, one.value, one.limit, one.passed) for one in report.verdicts}
+
+
+def _report_sha256(record: Record) -> str:
+    """The digest of a recorded report, from its JSON: a later version may read more fields into it."""
+    report = record.content["report"]
+    canonical = json.dumps(report, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def find_record(store: ObjectStore, name: str, bundle_id: str, state: Any, sha256: str) -> Record | None:

@@ -12,6 +12,8 @@ from botocore.exceptions import (
     FlexibleChecksumError,
     HTTPClientError,
     IncompleteReadError,
+    NoCredentialsError,
+    PartialCredentialsError,
 )
 from urllib3.exceptions import HTTPError
 
@@ -58,11 +60,16 @@ def told_plainly(address: str, bucket: str, doing: str) -> Iterator[None]:
             f"the object store at {address} does not answer ({type(error).__name__} while {doing}): "
             "start it with `hydraopt up`, or check HYDRAOPT_S3_ENDPOINT"
         ) from error
-    except BotoCoreError as error:
-        # Such as no credentials at all. These messages describe our side and hold no key.
+    except (NoCredentialsError, PartialCredentialsError) as error:
         raise ServiceError(
-            f"the object store at {address} cannot be used while {doing}: {error}. "
-            "Check HYDRAOPT_S3_ACCESS_KEY and HYDRAOPT_S3_SECRET_KEY"
+            f"there is no key for the object store at {address} (found while {doing}): set "
+            "HYDRAOPT_S3_ACCESS_KEY and HYDRAOPT_S3_SECRET_KEY, or start the local one with `hydraopt up`"
+        ) from error
+    except BotoCoreError as error:
+        # Its own text may quote what was sent or received; its kind says enough.
+        raise ServiceError(
+            f"what answers at {address} cannot be understood as an object store ({type(error).__name__} while "
+            f"{doing}): check HYDRAOPT_S3_ENDPOINT"
         ) from error
 
 

@@ -11,6 +11,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from hydraopt.errors import BundleError, HydraoptError, RecordError, RefusedError
+from hydraopt.evaluation.gates import judge
 from infra.approvals import approve, reject, verify_approval
 from infra.bundle_store import claim_fingerprint, find_by_fingerprint, upload_bundle
 from infra.candidates import list_candidates, resolve
@@ -179,6 +180,33 @@ def test_forged_pass_of_failed_gates_cannot_be_approved(manager):
     )
     with pytest.raises(RecordError, match="does not follow from its measurements"):
         approve(manager.store, manager.name, bundle_id, manager.who, manager.key, manager.trusted)
+
+
+def test_forged_pass_with_a_matching_digest_cannot_be_approved(manager):
+    bundle_id, report = manager.judged(1, value=0.5)
+    verdicts = tuple(one.model_copy(update={"passed": True}) for one in report.verdicts)
+    forged = report.model_copy(update={"passed": True, "verdicts": verdicts})
+    change(
+        manager.store,
+        record_key(manager.name, bundle_id, "gated"),
+        lambda record: record.update(report=forged.model_dump(mode="json"), report_sha256=forged.digest),
+    )
+    with pytest.raises(RecordError, match="does not follow from its measurements"):
+        approve(manager.store, manager.name, bundle_id, manager.who, manager.key, manager.trusted)
+
+
+def test_approval_outlives_a_later_version_that_words_its_reasons_otherwise(manager, monkeypatch):
+    """Else an update of hydraopt would make a rollback to an older bundle impossible."""
+    bundle_id = manager.approved(1)
+
+    def reworded(*arguments, **more):
+        report = judge(*arguments, **more)
+        verdicts = [one.model_copy(update={"reason": "other words"}) for one in report.verdicts]
+        added = verdicts[0].model_copy(update={"rule": "a new rule"})
+        return report.model_copy(update={"verdicts": (*verdicts, added)})
+
+    monkeypatch.setattr("infra.evidence.judge", reworded)
+    assert verify(manager, bundle_id)
 
 
 def test_unjudged_bundle_cannot_be_approved(manager):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import http.server
 import os
 import secrets
 import socket
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -183,3 +185,37 @@ def test_missing_bucket_is_named(running_store, tmp_path):
     store = ObjectStore(running_store.settings(tmp_path, s3_bucket="no-such-bucket"))
     with pytest.raises(ServiceError, match="no bucket 'no-such-bucket'"):
         store.read("anything")
+
+
+def test_another_kind_of_server_is_told_apart(running_store, tmp_path):
+    class Page(http.server.BaseHTTPRequestHandler):
+        def answer(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"<html>welcome</html>")
+
+        do_GET = do_PUT = do_HEAD = answer  # noqa: N815 - names the base class looks for
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Page) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        store = ObjectStore(running_store.settings(tmp_path, s3_endpoint=address))
+        with pytest.raises(ServiceError, match=address):
+            store.self_test()
+        server.shutdown()
+
+
+@pytest.mark.parametrize("header", ["If-None-Match", "If-Match", "x-amz-checksum-sha256"])
+def test_store_that_breaks_a_promise_is_refused(running_store, tmp_path, header):
+    """A real server behind something that loses one header, as simple S3 servers ignore it."""
+    store = ObjectStore(running_store.settings(tmp_path, s3_checksums="when_required"))
+
+    def lose(request, **_):
+        del request.headers[header]
+
+    store._client.meta.events.register("before-sign.s3.PutObject", lose)
+    with pytest.raises(ServiceError, match=r"ignores If-|do not match their SHA-256"):
+        store.self_test()

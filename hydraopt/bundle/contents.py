@@ -264,12 +264,12 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
         raise BundleError(
             f"{where}: schema {manifest.schema_version}; this version reads {SCHEMA}. Update hydraopt."
         )
+    for task in manifest.tasks:
+        _checked_name(task, where)
     if manifest.canonical() != data:
         raise BundleError(
             f"{where}: the bytes are not the canonical form hydraopt writes; the file was changed"
         )
-    for task in manifest.tasks:
-        _checked_name(task, where)
     for module in manifest.modules:
         _check_module(where, module, len(manifest.tasks))
     return manifest

@@ -15,9 +15,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from hydraopt.errors import BudgetError
-from hydraopt.merging.problem import Ints, Option
+from hydraopt.merging.problem import Floats, Ints, Option
 
 _BISECTIONS = 64
+_NEVER = 1e300  # numbers nobody pays for
+_CHEAPER = (1.0, 0.6, 0.3)  # multipliers at which leftovers are offered, relative to the last infeasible one
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,23 @@ def head_numbers(option: Option, rank: int) -> int:
     return rank * option.direction_numbers
 
 
+@dataclass(frozen=True)
+class Prices:
+    """Every option of every module at its best ranks for one multiplier."""
+
+    options: Sequence[Option]
+    row_starts: Ints
+    ranks: Ints  # per row: task of an option
+    errors: Floats  # per option
+    numbers: Floats  # per option
+
+    def choice(self, index: int) -> Choice:
+        """Option ``index`` with its ranks."""
+        option = self.options[index]
+        start = self.row_starts[index]
+        return Choice(option, tuple(int(rank) for rank in self.ranks[start : start + len(option.base_error)]))
+
+
 class Curves:
     """All options of all modules as flat arrays: the cost of any multiplier in a few vector operations.
 
@@ -64,8 +83,8 @@ class Curves:
     """
 
     def __init__(self, modules: Sequence[Sequence[Option]]) -> None:
-        self.modules = modules
         options = [option for module in modules for option in module]
+        self.options = options
         self._module_starts = np.cumsum([0, *(len(module) for module in modules)])[:-1]
         rows = [len(option.base_error) for option in options]
         self._row_starts = np.cumsum([0, *rows])[:-1]
@@ -75,33 +94,40 @@ class Curves:
             self._energies[start : start + count, : option.energies.shape[1]] = option.energies
         self._direction = np.repeat([float(option.direction_numbers) for option in options], rows)
         self._dense = np.repeat(
-            [np.inf if option.dense_numbers is None else float(option.dense_numbers) for option in options],
+            [_NEVER if option.dense_numbers is None else float(option.dense_numbers) for option in options],
             rows,
         )
+        self._dense_rank = np.repeat([option.dense_rank for option in options], rows)
         self._base = np.concatenate([option.base_error for option in options])
         self._shared = np.array([float(option.shared_numbers) for option in options])
-        self._rows = rows
 
     def choose(self, multiplier: float) -> list[Choice]:
         """The best choice of every module when a number costs ``multiplier`` of weighted squared error."""
-        low_rank = np.minimum(self._energies, multiplier * self._direction[:, None]).sum(axis=1)
-        dense = np.where(
-            np.isinf(self._dense), np.inf, multiplier * np.where(np.isinf(self._dense), 0.0, self._dense)
+        prices = self.prices(multiplier)
+        costs = prices.errors + multiplier * prices.numbers
+        best = [int(start + np.argmin(costs[start:end])) for start, end in self.spans()]
+        return [prices.choice(index) for index in best]
+
+    def prices(self, multiplier: float) -> Prices:
+        """Every option at its best ranks for that multiplier."""
+        kept = self._energies > multiplier * self._direction[:, None]
+        low_rank = np.where(kept, multiplier * self._direction[:, None], self._energies).sum(axis=1)
+        is_dense = multiplier * self._dense < low_rank
+        ranks = np.where(is_dense, self._dense_rank, kept.sum(axis=1))
+        lost = self._base + np.where(is_dense, 0.0, np.where(kept, 0.0, self._energies).sum(axis=1))
+        stored = np.where(is_dense, self._dense, kept.sum(axis=1) * self._direction)
+        return Prices(
+            self.options,
+            self._row_starts,
+            np.asarray(ranks, dtype=np.int64),
+            errors=np.add.reduceat(lost, self._row_starts),
+            numbers=np.add.reduceat(stored, self._row_starts) + self._shared,
         )
-        per_row = self._base + np.minimum(low_rank, dense)
-        costs = np.add.reduceat(per_row, self._row_starts) + multiplier * self._shared
-        ends = [*self._module_starts[1:], len(costs)]
-        choices = []
-        for module, start, end in zip(self.modules, self._module_starts, ends, strict=True):
-            best = int(np.argmin(costs[start:end]))
-            option = module[best]
-            first = self._row_starts[start + best]
-            rows = slice(first, first + self._rows[start + best])
-            kept: Ints = (option.energies > multiplier * option.direction_numbers).sum(axis=1)
-            is_cheaper = dense[rows] < low_rank[rows]
-            ranks = np.where(is_cheaper, option.dense_rank, kept)
-            choices.append(Choice(option, tuple(int(rank) for rank in ranks)))
-        return choices
+
+    def spans(self) -> list[tuple[int, int]]:
+        """Per module the range of its options."""
+        ends = [*self._module_starts[1:], len(self.options)]
+        return list(zip(self._module_starts.tolist(), (int(end) for end in ends), strict=True))
 
     def largest_multiplier(self) -> float:
         """A price at which nothing is kept."""
@@ -147,7 +173,7 @@ def within_budget(
             break
         if low == 0 and high < 1e-280:
             break
-    candidates = [fill(best, numbers)]
+    candidates = [fill(upgrade(curves, best, low, numbers), numbers)]
     candidates += [fill(choices, numbers) for choices in fixed if total_numbers(choices) <= numbers]
     return min(candidates, key=lambda choices: (total_error(choices), total_numbers(choices)))
 
@@ -175,6 +201,41 @@ def within_error(modules: Sequence[Sequence[Option]], error: float) -> list[Choi
         if low > 0 and high / low < 1 + 1e-9:
             break
     return best
+
+
+def upgrade(curves: Curves, choices: list[Choice], multiplier: float, numbers: int) -> list[Choice]:
+    """Spend what is left on better options for single modules, the best gain per number first.
+
+    Args:
+        curves: All options.
+        choices: A solution within the budget.
+        multiplier: One at which the solution would just exceed it.
+        numbers: The budget.
+    """
+    offers = [curves.prices(factor * multiplier) for factor in _CHEAPER]
+    choices = list(choices)
+    left = numbers - total_numbers(choices)
+    state = [(choice.error, choice.numbers) for choice in choices]
+    spans = curves.spans()
+    while True:
+        best: tuple[float, int, Prices, int] | None = None
+        for m, (start, end) in enumerate(spans):
+            for prices in offers:
+                gain = state[m][0] - prices.errors[start:end]
+                extra = prices.numbers[start:end] - state[m][1]
+                fits = (extra > 0) & (extra <= left) & (gain > 0)
+                if not fits.any():
+                    continue
+                ratio = np.where(fits, gain / np.where(fits, extra, 1.0), -1.0)
+                i = int(np.argmax(ratio))
+                if best is None or ratio[i] > best[0]:
+                    best = (float(ratio[i]), m, prices, start + i)
+        if best is None:
+            return choices
+        _, m, prices, index = best
+        choices[m] = prices.choice(index)
+        left -= choices[m].numbers - state[m][1]
+        state[m] = (choices[m].error, choices[m].numbers)
 
 
 def fill(choices: list[Choice], numbers: int) -> list[Choice]:
@@ -227,8 +288,9 @@ def largest_uniform(modules: Sequence[Sequence[Option]], numbers: int) -> list[C
     Raises:
         BudgetError: If not even rank 1 fits.
     """
-    best: list[Choice] | None = None
-    for rank in _uniform_ranks(modules):
+    ranks = _uniform_ranks(modules)
+    best: list[Choice] | None = None if ranks else uniform(modules, 0)  # adapters that change nothing
+    for rank in ranks:
         choices = uniform(modules, rank)
         if total_numbers(choices) > numbers:
             break
@@ -247,7 +309,9 @@ def least_uniform(modules: Sequence[Sequence[Option]], error: float) -> list[Cho
     Raises:
         BudgetError: If no rank reaches it.
     """
-    choices: list[Choice] = []
+    choices = uniform(modules, 0)
+    if total_error(choices) <= error:
+        return choices
     for rank in _uniform_ranks(modules):
         choices = uniform(modules, rank)
         if total_error(choices) <= error:

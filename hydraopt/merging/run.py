@@ -210,7 +210,8 @@ class MergeRun:
         fixed = self._container_bytes()
         if allowed < fixed:
             whole = sum(tensor.nbytes for tensors in self.extras.values() for tensor in tensors.values())
-            minimum = math.ceil(1000 * fixed / (reference * max(1.0, self.dtype.itemsize / 2))) / 1000
+            # 16: the budget's own digits are in the manifest
+            minimum = math.ceil(1000 * (fixed + 16) / (reference * max(1.0, self.dtype.itemsize / 2))) / 1000
             raise BudgetError(
                 f"budget={budget}: {allowed} bytes do not hold the {fixed} bytes that are always needed ({whole} of "
                 f"whole-layer extras, the rest manifest and headers); the least possible budget is {minimum}"

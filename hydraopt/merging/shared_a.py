@@ -161,7 +161,7 @@ _NEVER = 1 << 50  # numbers per direction nobody pays for
 
 
 def candidate_ranks(stacked: int) -> list[int]:
-    """Ranks of ``A'`` worth trying for a stack of that many rows: all small ones, then steps of about a fifth."""
+    """Ranks of ``A'`` worth trying for a stack of that many rows: all small ones, then steps of about a sixth."""
     largest = min(stacked, MAX_SHARED_RANK)
-    ranks = np.unique(np.round(1.2 ** np.arange(0, 40)).astype(int))
+    ranks = {*range(1, 17), *np.round(16 * 1.16 ** np.arange(0, 16)).astype(int)}
     return sorted({int(rank) for rank in ranks if rank < largest} | {largest})

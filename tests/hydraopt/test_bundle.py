@@ -1,0 +1,291 @@
+"""Bundles on disk: whole, verified, deterministic; exported and attached without a change of meaning."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+
+import hydraopt
+from hydraopt.errors import BundleError
+
+TOKENS = torch.arange(14).reshape(2, 7) % 11
+
+
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=11,
+        )
+    ).eval()
+
+
+def bert(labels: int) -> BertForSequenceClassification:
+    torch.manual_seed(0)
+    config = BertConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=11,
+        num_labels=labels,
+    )  # fmt: skip
+    return BertForSequenceClassification(config).eval()
+
+
+def trained(base, folder, seed, **config):
+    """A PEFT adapter with random factors, saved by PEFT; returns its logits."""
+    model = get_peft_model(base, LoraConfig(**config)).eval()
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+    model.peft_config["default"].base_model_name_or_path = "tiny/base"
+    model.save_pretrained(folder)
+    with torch.no_grad():
+        return model(TOKENS).logits
+
+
+CAUSAL = {
+    "plain": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"]},
+    "rslora": {"r": 6, "lora_alpha": 8, "use_rslora": True, "target_modules": r".*\.(q_proj|up_proj)"},
+    "patterns": {
+        "r": 4,
+        "lora_alpha": 4,
+        "rank_pattern": {"q_proj": 2},
+        "alpha_pattern": {"layers.1.self_attn.v_proj": 16},
+        "target_modules": ["q_proj", "v_proj"],
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def causal(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("causal")
+    logits = {
+        task: trained(llama(), folder / task, seed, task_type="CAUSAL_LM", **config)
+        for seed, (task, config) in enumerate(CAUSAL.items())
+    }
+    return {task: folder / task for task in CAUSAL}, logits
+
+
+@torch.no_grad()
+def test_attached_adapters_compute_what_they_computed_before(causal):
+    folders, logits = causal
+    model = hydraopt.merge(folders, budget=1.0, dtype="float32").attach(llama())
+    for task, expected in logits.items():
+        model.set_adapter(task)
+        torch.testing.assert_close(model(TOKENS).logits, expected, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("profile", ["peft", "portable"])
+@pytest.mark.parametrize(
+    "target", [{"budget": 0.6}, {"method": "paper", "rank": 3}, {"method": "separate", "rank": 1}]
+)
+def test_exported_folders_reload_in_peft_with_the_logits_of_the_bundle(causal, profile, target, tmp_path):
+    folders, _ = causal
+    bundle = hydraopt.merge(folders, dtype="float32", **target)
+    attached = bundle.attach(llama())
+    for task, folder in bundle.export(tmp_path / "out", profile=profile).items():
+        attached.set_adapter(task)
+        reloaded = PeftModel.from_pretrained(llama(), folder)
+        torch.testing.assert_close(reloaded(TOKENS).logits, attached(TOKENS).logits, rtol=0, atol=1e-4)
+        assert hydraopt.read_adapter(folder).base_model == "tiny/base"
+
+
+@torch.no_grad()
+def test_an_attached_task_can_be_merged_into_the_base(causal):
+    folders, _ = causal
+    bundle = hydraopt.merge(folders, budget=0.6, dtype="float32")
+    model = bundle.attach(llama())
+    model.set_adapter("rslora")
+    expected = model(TOKENS).logits
+    plain = model.merge_and_unload(adapter_names=["rslora"])
+    torch.testing.assert_close(plain(TOKENS).logits, expected, rtol=0, atol=1e-5)
+
+
+def test_shared_rows_are_in_memory_once(workshop):
+    shapes = {"self_attn.q_proj": (16, 16)}
+    folders = {
+        f"t{i}": workshop.adapter(f"t{i}", seed=i, shared_a=True, shapes=shapes, target_modules=["q_proj"])
+        for i in range(3)
+    }
+    bundle = hydraopt.merge(folders, method="paper", rank=4)
+    model = bundle.attach(llama())
+    downs = [
+        parameter
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if ".lora_A." in name and "layers.0" in name
+    ]
+    assert len(downs) == 3
+    assert len({parameter.data_ptr() for parameter in downs}) == 1
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@torch.no_grad()
+def test_tasks_with_label_sets_of_different_size_live_in_one_model(tmp_path):
+    labels = {"three": 3, "five": 5}
+    logits = {
+        task: trained(
+            bert(count),
+            tmp_path / task,
+            count,
+            task_type="SEQ_CLS",
+            r=4,
+            target_modules=["query", "output.dense"],
+        )
+        for task, count in labels.items()
+    }
+    bundle = hydraopt.merge({task: tmp_path / task for task in labels}, budget=1.0, dtype="float32")
+    model = bundle.attach(bert(2))
+    folders = bundle.export(tmp_path / "out")
+    for task, expected in logits.items():
+        model.set_adapter(task)
+        torch.testing.assert_close(model(TOKENS).logits, expected, rtol=0, atol=1e-5)
+        reloaded = PeftModel.from_pretrained(bert(labels[task]), folders[task]).eval()
+        torch.testing.assert_close(reloaded(TOKENS).logits, expected, rtol=0, atol=1e-5)
+
+
+def test_portable_folders_follow_the_rules_all_consumers_share(workshop, tmp_path):
+    folders = {
+        "a": workshop.adapter("a", rank=3),
+        "b": workshop.adapter("b", seed=1, rank=9, skip=("model.layers.0.q_proj",)),
+    }
+    bundle = hydraopt.merge(folders, budget=1.0, dtype="float32")
+    for task, folder in bundle.export(tmp_path / "out", profile="portable").items():
+        config = json.loads((folder / "adapter_config.json").read_text())
+        tensors = load_file(folder / "adapter_model.safetensors")
+        rank = {"a": 8, "b": 16}[task]
+        assert (config["r"], config["lora_alpha"], config["bias"]) == (rank, rank, "none")
+        assert not (
+            config["use_rslora"] or config["use_dora"] or config["rank_pattern"] or config["modules_to_save"]
+        )
+        assert config["target_modules"] == ["down_proj", "q_proj", "v_proj"]
+        assert (
+            len(tensors) == 2 * 6
+        )  # both factors of every target in every layer, also where the task has none
+        assert all(
+            rank == (tensor.shape[0] if "lora_A" in name else tensor.shape[1])
+            for name, tensor in tensors.items()
+        )
+
+
+def test_portable_refuses_whole_layers_it_cannot_hold(workshop, tmp_path):
+    extras = {"base_model.model.score.weight": torch.ones(2, 16)}
+    bundle = hydraopt.merge({"a": workshop.adapter("a", extras=extras, task_type="SEQ_CLS")}, budget=1.0)
+    with pytest.raises(BundleError, match="score"):
+        bundle.export(tmp_path / "out", profile="portable")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_same_input_gives_the_same_bytes(workshop, tmp_path):
+    folders = {f"t{i}": workshop.adapter(f"t{i}", seed=i) for i in range(3)}
+    one = hydraopt.merge(folders, budget=0.5).save(tmp_path / "one")
+    two = hydraopt.merge(folders, budget=0.5).save(tmp_path / "two")
+    names = sorted(str(file.relative_to(one)) for file in one.rglob("*") if file.is_file())
+    assert names == ["manifest.json", "shared.safetensors", *(f"tasks/t{i}.safetensors" for i in range(3))]
+    assert all((one / name).read_bytes() == (two / name).read_bytes() for name in names)
+
+
+@pytest.fixture
+def saved(workshop, tmp_path):
+    folders = {f"t{i}": workshop.adapter(f"t{i}", seed=i, shared_a=True) for i in range(2)}
+    return hydraopt.merge(folders, budget=0.6).save(tmp_path / "bundle")
+
+
+def test_a_loaded_bundle_is_the_saved_one(workshop, saved):
+    bundle = hydraopt.Bundle.load(saved)
+    assert hydraopt.verify(saved).id == bundle.id
+    again = hydraopt.Bundle.load(bundle.save(saved.parent / "again"))
+    assert again.id == bundle.id
+    for task in bundle.task_names:
+        for module, update in workshop.dense_bundle(bundle, task).items():
+            assert torch.equal(update, workshop.dense_bundle(again, task)[module])
+
+
+def test_every_changed_byte_is_noticed(saved):
+    for file in sorted(path for path in saved.rglob("*") if path.is_file()):
+        whole = file.read_bytes()
+        for place in (0, len(whole) // 3, len(whole) // 2, len(whole) - 1):
+            file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+            with pytest.raises(BundleError):
+                hydraopt.verify(saved)
+        file.write_bytes(whole)
+    hydraopt.verify(saved)
+
+
+def test_missing_and_stray_files_are_noticed(saved):
+    (saved / "tasks" / "extra.safetensors").write_bytes(b"x")
+    with pytest.raises(BundleError, match=r"tasks/extra\.safetensors"):
+        hydraopt.verify(saved)
+    (saved / "tasks" / "extra.safetensors").unlink()
+    (saved / "tasks" / "t1.safetensors").unlink()
+    with pytest.raises(BundleError, match=r"t1\.safetensors is missing"):
+        hydraopt.verify(saved)
+
+
+def test_a_manifest_that_names_a_path_outside_is_refused(saved):
+    text = (saved / "manifest.json").read_text()
+    (saved / "manifest.json").write_text(text.replace('"t1":', '"../t1":'))
+    with pytest.raises(BundleError, match="task name"):
+        hydraopt.verify(saved)
+
+
+def test_a_manifest_of_a_newer_version_is_refused(saved):
+    text = (saved / "manifest.json").read_text()
+    (saved / "manifest.json").write_text(re.sub(r'"schema_version":\d+', '"schema_version":99', text))
+    with pytest.raises(BundleError, match="schema 99"):
+        hydraopt.verify(saved)
+
+
+def test_values_that_are_not_finite_are_noticed_even_with_right_digests(workshop):
+    bundle = hydraopt.merge({"a": workshop.adapter("a")}, budget=0.9)
+    bundle.contents.heads["a"][3] = float("nan")
+    from hydraopt.bundle.contents import describe
+
+    entry = bundle.manifest.tasks["a"].model_copy(update={"file": describe(bundle.contents.encode_task("a"))})
+    bundle.manifest = bundle.manifest.model_copy(update={"tasks": {"a": entry}})
+    path = bundle.save(workshop.folder / "bundle")
+    with pytest.raises(BundleError, match="NaN"):
+        hydraopt.verify(path)
+
+
+def test_saving_never_destroys_what_is_not_a_bundle(workshop, saved, tmp_path):
+    bundle = hydraopt.Bundle.load(saved)
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.txt").write_text("x")
+    with pytest.raises(BundleError, match="precious"):
+        bundle.save(tmp_path / "precious")
+    assert (tmp_path / "precious" / "thesis.txt").exists()
+    smaller = hydraopt.merge({"t0": workshop.adapter("t0", seed=9)}, budget=0.9)
+    smaller.save(saved)  # a bundle may replace a bundle, and leaves no file of the former
+    assert hydraopt.verify(saved).task_names == ("t0",)
+
+
+def test_attaching_to_another_model_is_refused(causal):
+    bundle = hydraopt.merge(causal[0], budget=0.6)
+    with pytest.raises(BundleError, match="no linear module"):
+        bundle.attach(bert(2))
+
+
+def test_unknown_tasks_and_profiles_are_refused(saved, tmp_path):
+    bundle = hydraopt.Bundle.load(saved)
+    with pytest.raises(BundleError, match="no task 'nope'"):
+        bundle.export(tmp_path / "out", task="nope")
+    with pytest.raises(BundleError, match="profile"):
+        bundle.export(tmp_path / "out", profile="gguf")
+
+
+def test_a_bundle_with_a_renamed_pickle_is_refused(saved):
+    file = saved / "tasks" / "t0.safetensors"
+    save_file({"factors": torch.zeros(3)}, file)
+    with pytest.raises(BundleError, match="SHA-256"):
+        hydraopt.Bundle.load(saved)

@@ -1,0 +1,298 @@
+"""The merge against dense float64 references, and the properties the mathematics promises."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import hydraopt
+from hydraopt.errors import AdapterMismatchError, BudgetError, HydraoptError
+
+PROPERTY = settings(
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+def relative(found, wanted) -> float:
+    """Largest relative Frobenius error over the modules."""
+    assert set(found) == set(wanted)
+    return max(float((found[name] - wanted[name]).norm() / wanted[name].norm()) for name in wanted)
+
+
+def set_error(workshop, bundle, folders) -> float:
+    """Mean over the tasks of |dW - merged|^2 / |dW|^2, from dense float64 products."""
+    shares = []
+    for task, folder in folders.items():
+        wanted, found = workshop.dense(folder), workshop.dense_bundle(bundle, task)
+        lost = sum(float((wanted[name] - found[name]).square().sum()) for name in wanted)
+        shares.append(lost / sum(float(update.square().sum()) for update in wanted.values()))
+    return sum(shares) / len(shares)
+
+
+@pytest.mark.parametrize(
+    ("config", "scaling"),
+    [({"lora_alpha": 4}, 1.0), ({"lora_alpha": 64}, 16.0), ({"lora_alpha": 3, "use_rslora": True}, 1.5)],
+)
+@pytest.mark.parametrize("method", ["hydraopt", "paper", "separate"])
+def test_one_adapter_at_full_budget_is_itself(workshop, config, scaling, method):
+    """The scaling is applied once and nothing is lost: float32 storage leaves a few eps (6e-8) of each factor."""
+    folder = workshop.adapter("a", **config)
+    target = {"rank": 4} if method == "paper" else {"budget": 1.0}
+    bundle = hydraopt.merge({"a": folder}, method=method, dtype="float32", **target)
+    assert relative(workshop.dense_bundle(bundle, "a"), workshop.dense(folder, scaling)) <= 1e-6
+
+
+def test_full_budget_keeps_every_task_of_a_set(workshop):
+    folders = {f"t{i}": workshop.adapter(f"t{i}", seed=i, rank=2 + i, shared_a=i > 0) for i in range(3)}
+    bundle = hydraopt.merge(folders, budget=1.0, dtype="float32")
+    for task, folder in folders.items():
+        assert relative(workshop.dense_bundle(bundle, task), workshop.dense(folder)) <= 1e-6
+
+
+@pytest.mark.parametrize("shared_a", [True, False])
+@pytest.mark.parametrize("rank", [1, 3, 6])
+def test_dense_heads_reach_the_eckart_young_bound(workshop, shared_a, rank):
+    """The tail of the SVD of the stacked, weighted dense updates is the least error any A' of that rank leaves."""
+    folders = {f"t{i}": workshop.adapter(f"t{i}", seed=i, scale=10.0**i, shared_a=shared_a) for i in range(3)}
+    dense = {task: workshop.dense(folder) for task, folder in folders.items()}
+    norms = {task: sum(float(u.square().sum()) for u in updates.values()) for task, updates in dense.items()}
+    bound = 0.0
+    for module in dense["t0"]:
+        stacked = torch.cat([dense[task][module] / math.sqrt(norms[task]) for task in folders])
+        bound += float(torch.linalg.svdvals(stacked)[rank:].square().sum())
+
+    bundle = hydraopt.merge(folders, method="paper", rank=rank, dtype="float32")
+
+    error = len(folders) * set_error(workshop, bundle, folders)
+    # Heads are re-fitted to the rounded A', so float32 storage enters squared; 1e-6 relative is the promise.
+    assert error == pytest.approx(bound, rel=1e-6, abs=1e-12)
+
+
+def test_separate_truncation_is_each_tasks_own_svd(workshop):
+    folders = {f"t{i}": workshop.adapter(f"t{i}", seed=i) for i in range(2)}
+    bundle = hydraopt.merge(folders, method="separate", rank=2, dtype="float32")
+    for task, folder in folders.items():
+        found = workshop.dense_bundle(bundle, task)
+        for module, update in workshop.dense(folder).items():
+            tail = torch.linalg.svdvals(update)[2:].norm()
+            assert float((found[module] - update).norm()) == pytest.approx(float(tail), rel=1e-5)
+
+
+@pytest.mark.parametrize("shared_a", [True, False])
+@pytest.mark.parametrize("budget", [0.3, 0.45, 0.7])
+def test_adapting_never_loses_to_a_simple_form(workshop, shared_a, budget):
+    shapes = {"q_proj": (64, 64), "up_proj": (96, 48)}
+    folders = {
+        f"t{i}": workshop.adapter(f"t{i}", seed=i, rank=6, shared_a=shared_a, shapes=shapes) for i in range(4)
+    }
+    errors = {}
+    for method in ("hydraopt", "paper", "separate"):
+        bundle = hydraopt.merge(folders, budget=budget, method=method, dtype="bfloat16")
+        assert bundle.storage_ratio <= budget
+        errors[method] = set_error(workshop, bundle, folders)
+    # bfloat16 rounding adds about 1e-5 to a squared error, more or less by chance.
+    assert errors["hydraopt"] <= min(errors["paper"], errors["separate"]) + 1e-5
+
+
+def test_reported_errors_and_bytes_are_those_of_what_is_stored(workshop, tmp_path):
+    folders = {f"t{i}": workshop.adapter(f"t{i}", seed=i, scale=3.0**i, shared_a=True) for i in range(3)}
+    bundle = hydraopt.merge(folders, budget=0.5)
+    path = bundle.save(tmp_path / "bundle")
+    on_disk = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    reference = sum(hydraopt.read_adapter(folder).reference_bytes for folder in folders.values())
+    assert bundle.storage_ratio == pytest.approx(on_disk / reference, rel=1e-12)
+    assert bundle.relative_error == pytest.approx(math.sqrt(set_error(workshop, bundle, folders)), rel=1e-6)
+    for task, folder in folders.items():
+        alone = math.sqrt(set_error(workshop, bundle, {task: folder}))
+        assert bundle.manifest.tasks[task].relative_error == pytest.approx(alone, rel=1e-6)
+
+
+@PROPERTY
+@given(order=st.permutations(range(4)), seed=st.integers(0, 1000))
+def test_order_of_tasks_is_irrelevant(workshop, order, seed):
+    folders = {f"t{i}": workshop.adapter(f"t{i}", seed=seed + i, shared_a=True) for i in range(4)}
+    shuffled = {f"t{i}": folders[f"t{i}"] for i in order}
+    assert hydraopt.merge(folders, budget=0.6).id == hydraopt.merge(shuffled, budget=0.6).id
+
+
+@PROPERTY
+@given(seed=st.integers(0, 1000), budget=st.sampled_from([0.45, 0.7]))
+def test_how_an_adapter_was_factorised_is_irrelevant(workshop, seed, budget):
+    """A -> G A, B -> B G^-1 leaves dW alone, so it must leave the merged updates alone."""
+    names = [f"t{i}" for i in range(3)]
+    plain = {t: workshop.adapter(t, seed=seed + i, dtype=torch.float64) for i, t in enumerate(names)}
+    mixed = {
+        t: workshop.adapter(f"{t}-mixed", seed=seed + i, refactor=seed + i, dtype=torch.float64)
+        for i, t in enumerate(names)
+    }
+    one = hydraopt.merge(plain, budget=budget, dtype="float32")
+    other = hydraopt.merge(mixed, budget=budget, dtype="float32")
+    for task in names:
+        found, wanted = workshop.dense_bundle(other, task), workshop.dense_bundle(one, task)
+        for module, update in workshop.dense(plain[task]).items():
+            assert float((found[module] - wanted[module]).norm()) <= 1e-5 * float(update.norm())
+
+
+def test_threads_do_not_change_a_bit(workshop):
+    folders = {f"t{i}": workshop.adapter(f"t{i}", seed=i, shared_a=True) for i in range(3)}
+    before = torch.get_num_threads()
+    ids = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            ids.append(hydraopt.merge(folders, budget=0.5).id)
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert ids[0] == ids[1]
+
+
+def test_error_falls_as_the_budget_grows(workshop):
+    shapes = {"q_proj": (48, 64)}
+    folders = {
+        f"t{i}": workshop.adapter(f"t{i}", seed=i, rank=8, shared_a=True, shapes=shapes) for i in range(4)
+    }
+    errors = [hydraopt.merge(folders, budget=b).relative_error for b in (0.2, 0.3, 0.45, 0.6, 0.8)]
+    assert all(later <= earlier + 1e-4 for earlier, later in zip(errors, errors[1:], strict=False))
+
+
+def test_a_budget_is_used_not_just_kept(workshop):
+    shapes = {f"{part}{i}_proj": (128 * i, 256) for part in "qu" for i in (1, 2, 3, 4)}
+    folders = {
+        f"t{i}": workshop.adapter(f"t{i}", seed=i, rank=8, shared_a=True, shapes=shapes) for i in range(4)
+    }
+    for budget in (0.15, 0.25, 0.5):
+        ratio = hydraopt.merge(folders, budget=budget).storage_ratio
+        assert budget * 0.995 <= ratio <= budget
+
+
+def test_error_bound_is_met_with_few_bytes(workshop):
+    folders = {f"t{i}": workshop.adapter(f"t{i}", seed=i, shared_a=True) for i in range(3)}
+    loose = hydraopt.merge(folders, max_error=0.3, dtype="float32")
+    tight = hydraopt.merge(folders, max_error=0.05, dtype="float32")
+    assert loose.relative_error <= 0.3
+    assert tight.relative_error <= 0.05
+    assert loose.storage_ratio < tight.storage_ratio
+
+
+def test_a_loud_task_does_not_drown_a_quiet_one(workshop):
+    """Weights are 1 / |dW_k|^2: norms from 1e-6 to 1e6 leave every task about equally close."""
+    scales = {"quiet": 1e-6, "usual": 1.0, "loud": 1e6}
+    folders = {t: workshop.adapter(t, seed=i, scale=s) for i, (t, s) in enumerate(scales.items())}
+    bundle = hydraopt.merge(folders, budget=0.7)
+    errors = {
+        task: math.sqrt(set_error(workshop, bundle, {task: folder})) for task, folder in folders.items()
+    }
+    assert max(errors.values()) <= 0.5
+    assert max(errors.values()) <= 3 * min(errors.values())
+
+
+def test_a_zero_adapter_stays_zero_and_costs_nothing(workshop):
+    folders = {"a": workshop.adapter("a"), "zero": workshop.adapter("zero", seed=5, scale=0.0)}
+    bundle = hydraopt.merge(folders, budget=0.6)
+    assert all(float(update.abs().max()) == 0 for update in workshop.dense_bundle(bundle, "zero").values())
+    assert bundle.manifest.tasks["zero"].relative_error == 0
+
+
+def test_all_adapters_zero(workshop):
+    folders = {f"t{i}": workshop.adapter(f"t{i}", seed=i, scale=0.0) for i in range(2)}
+    for method in ("hydraopt", "paper", "separate"):
+        bundle = hydraopt.merge(folders, budget=0.6, method=method)
+        assert bundle.relative_error == 0
+
+
+def test_mixed_ranks_targets_and_scalings(workshop):
+    folders = {
+        "small": workshop.adapter("small", seed=1, rank=2, lora_alpha=5),
+        "large": workshop.adapter("large", seed=2, rank=7, lora_alpha=1, use_rslora=True),
+        "partial": workshop.adapter(
+            "partial", seed=3, skip=("model.layers.0.q_proj", "model.layers.1.down_proj")
+        ),
+    }
+    scalings = {"small": 2.5, "large": 1 / math.sqrt(7), "partial": 2.0}
+    bundle = hydraopt.merge(folders, budget=1.0, dtype="float32")
+    for task, folder in folders.items():
+        assert relative(workshop.dense_bundle(bundle, task), workshop.dense(folder, scalings[task])) <= 1e-6
+    assert "model.layers.0.q_proj" not in bundle.factors("partial")
+    assert hydraopt.merge(folders, budget=0.6).relative_error < 0.6
+
+
+def test_duplicated_adapters_share_everything(workshop):
+    """Four copies at the size of little more than one: A' is common, the heads repeat."""
+    shapes = {"q_proj": (16, 256)}
+    folders = {f"t{i}": workshop.adapter(f"t{i}", seed=1, shapes=shapes, layers=8) for i in range(4)}
+    assert hydraopt.merge(folders, budget=0.5, dtype="bfloat16").relative_error < 0.01
+
+
+def test_extras_are_carried_exactly_and_counted(workshop):
+    head = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
+    name = "base_model.model.score.weight"
+    folder = workshop.adapter("a", extras={name: head}, task_type="SEQ_CLS")
+    bundle = hydraopt.merge({"a": folder, "b": workshop.adapter("b", seed=2)}, budget=0.9)
+    assert torch.equal(bundle.extras("a")[name], head)
+    assert bundle.extras("b") == {}
+    assert bundle.manifest.tasks["a"].file.bytes > head.nbytes
+    with pytest.raises(BudgetError, match=r"320 of whole-layer extras.*least possible budget is 0\.\d+"):
+        hydraopt.merge({"a": folder}, budget=0.1)
+
+
+def test_the_least_possible_budget_it_names_works(workshop):
+    folder = workshop.adapter(
+        "a", extras={"base_model.model.score.weight": torch.ones(5, 16)}, task_type="SEQ_CLS"
+    )
+    with pytest.raises(BudgetError) as error:
+        hydraopt.merge({"a": folder}, budget=0.01)
+    least = float(str(error.value).rsplit(" ", 1)[1])
+    assert hydraopt.merge({"a": folder}, budget=least).storage_ratio <= least
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"budget": 0.0},
+        {"budget": -0.2},
+        {"budget": 1.01},
+        {"budget": math.nan},
+        {"budget": 0.5, "max_error": 0.1},
+        {"method": "magic", "budget": 0.5},
+        {"dtype": "int3", "budget": 0.5},
+        {"rank": 3},
+        {"rank": 0, "method": "paper"},
+        {"heads": 3, "budget": 0.5},
+        {"heads": 7, "budget": 0.5, "method": "paper"},
+        {"device": "tpu", "budget": 0.5},
+        {"seed": -1, "budget": 0.5},
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(workshop, settings):
+    with pytest.raises(BudgetError):
+        hydraopt.merge({"a": workshop.adapter("a")}, **settings)
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", "a..b", "", "a\nb", "-a", "ä", "x" * 101, "a\x00"])
+def test_names_that_could_escape_are_refused(workshop, name):
+    with pytest.raises(HydraoptError, match="task name"):
+        hydraopt.merge({name: workshop.adapter("a")}, budget=0.9)
+
+
+def test_adapters_that_do_not_belong_together_are_refused(workshop):
+    first = workshop.adapter("a")
+    with pytest.raises(AdapterMismatchError, match="'other/base'"):
+        hydraopt.merge({"a": first, "b": workshop.adapter("b", base_model_name_or_path="other/base")})
+    with pytest.raises(AdapterMismatchError, match="revision"):
+        hydraopt.merge({"a": first, "b": workshop.adapter("c", revision="v2")})
+    shapes = {"q_proj": (12, 17)}
+    with pytest.raises(AdapterMismatchError, match=r"q_proj.*\(12, 17\)"):
+        hydraopt.merge({"a": first, "b": workshop.adapter("d", shapes=shapes)})
+    with pytest.raises(AdapterMismatchError, match="no adapter"):
+        hydraopt.merge({})
+
+
+def test_overflow_of_the_stored_dtype_is_refused(workshop):
+    folder = workshop.adapter("a", scale=1e12)
+    with pytest.raises(BudgetError, match="float16"):
+        hydraopt.merge({"a": folder}, budget=0.9, dtype="float16")

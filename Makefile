@@ -1,0 +1,42 @@
+# Every target sets itself up: on a fresh clone `make demo` and `make test` are all one needs.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.PHONY: install demo test lint format bench down clean
+
+install: $(READY)
+
+# Exact versions come from one constraints file; pyproject.toml only says what would do.
+$(READY): pyproject.toml infra/constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "hydraopt needs Python 3.11 or newer; set PYTHON=")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint infra/constraints.txt --editable '.[local,test]'
+	@touch $(READY)
+
+demo: $(READY)  ## the whole pipeline on a small real example; KEEP=1 leaves the services running
+	$(BIN)/hydraopt demo $(if $(KEEP),--keep)
+
+test: lint  ## linters, types, import contracts, and all tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY)  ## merge time, memory and error on model shapes; prints a table
+	$(BIN)/python tests/benchmarks/bench_merge.py
+
+down: $(READY)
+	$(BIN)/hydraopt down
+
+clean:
+	rm -rf $(VENV) .hydraopt build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -10,12 +10,17 @@ from hydraopt.errors import ServiceError
 from infra.settings import Settings
 
 _CONNECT_TIMEOUT_S = 5.0
+_QUIET = {
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
 
 
 def connect(*, verbose: bool = False) -> Settings:
     """Settings of a deployment whose three servers answer, with Prefect and MLflow pointed at them.
 
-    Prefect keeps every log line of a flow run on its server; on the console only ``verbose`` shows them.
+    Prefect keeps every log line of a flow run on its server; the console shows them only with ``verbose``.
 
     Raises:
         ServiceError: If a server has no address or does not accept a connection within five seconds.
@@ -29,7 +34,8 @@ def connect(*, verbose: bool = False) -> Settings:
         _check_answers(name, str(address))
     os.environ.update(settings.environment())
     if not verbose:
-        os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+        for name, value in _QUIET.items():
+            os.environ.setdefault(name, value)
     return settings
 
 

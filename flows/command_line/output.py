@@ -38,6 +38,7 @@ ProgressCallback = Callable[[int, int, str], None]
 """``progress(done, total, what)``, as the library calls it."""
 
 _SECONDS_BETWEEN_LINES = 10.0
+_PLAIN_WIDTH = 120
 _EXTRA_OF_MODULE = {
     "prefect": "pipeline",
     "mlflow": "pipeline",
@@ -72,9 +73,9 @@ class Output:
     def show(self, renderable: RenderableType = "") -> None:
         """Print a part of the result for a reader; with ``--json`` the object says it all instead."""
         if not self.as_json:
-            Console(file=self._stdout, highlight=False, markup=False).print(
-                renderable, soft_wrap=isinstance(renderable, str)
-            )
+            width = None if self._stdout.isatty() else _PLAIN_WIDTH
+            console = Console(file=self._stdout, highlight=False, markup=False, width=width)
+            console.print(renderable, soft_wrap=isinstance(renderable, str))
 
     def note(self, text: str) -> None:
         """Print a line on what is going on, to stderr."""

@@ -26,7 +26,7 @@ PREFERRED_PORTS: Mapping[str, Mapping[str, int]] = {
     "runner": {},
 }
 
-_RUNNER_MODULE = "flows.serve"
+_RUNNER_MODULE = "infra.local_services.warm_start"
 _CODE = Path(__file__).resolve().parents[2]
 """Folder that holds our packages: a runner started elsewhere must import the same code."""
 

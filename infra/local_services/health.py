@@ -81,10 +81,17 @@ def check_prefect(address: str) -> None:
 def check_runner(prefect_address: str, started: float) -> None:
     """Ask Prefect whether the runner that began at ``started`` (seconds since 1970) has asked for work lately.
 
+    A Prefect elsewhere that wants a password does not tell us; then a living process has to do.
+
     Raises:
         UnhealthyError: If not, or Prefect does not answer.
     """
-    deployments = _json(f"{prefect_address}/api/deployments/filter", {"limit": 200})
+    try:
+        deployments = _json(f"{prefect_address}/api/deployments/filter", {"limit": 200})
+    except UnhealthyError as error:
+        if _status(error) in {401, 403}:
+            return
+        raise
     polls = [entry["last_polled"] for entry in deployments if entry.get("last_polled")]
     latest = max((datetime.fromisoformat(poll).timestamp() for poll in polls), default=0.0)
     if latest < max(started, time.time() - _RUNNER_SILENCE_S):
@@ -100,8 +107,13 @@ def check_elsewhere(address: str) -> None:
     try:
         _request(address)
     except UnhealthyError as error:
-        if not isinstance(error.__context__, urllib.error.HTTPError) or error.__context__.code >= 500:
+        if not 300 <= _status(error) < 500:
             raise
+
+
+def _status(error: UnhealthyError) -> int:
+    """The HTTP status behind the error; 0 if nothing answered."""
+    return error.__cause__.code if isinstance(error.__cause__, urllib.error.HTTPError) else 0
 
 
 def _json(url: str, body: Any = None) -> Any:

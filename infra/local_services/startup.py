@@ -45,14 +45,20 @@ class Startup:
                 if name not in self.running and self._may_start(name):
                     self._ensure(name)
                 if name in self.running and self._is_ready(name):
-                    self.waiting.remove(name)
-                    self._tell(f"{name} is ready")
+                    self._note_ready(name)
             if self.waiting:
                 time.sleep(_POLL_S)
 
+    def _note_ready(self, name: str) -> None:
+        self.waiting.remove(name)
+        self._tell(f"{name} is ready")
+        if self.waiting == ["runner"]:
+            # Its time begins now; and a server that lost its port meanwhile has another address.
+            self._ensure("runner")
+
     def _may_start(self, name: str) -> bool:
-        """The runner uses the servers from its first second; those know nothing of each other."""
-        return name != "runner" or self.waiting == ["runner"]
+        """The runner must know where the servers are; it loads its libraries and then waits for them itself."""
+        return name != "runner" or all(other in self.running for other in self.waiting if other != name)
 
     def _ensure(self, name: str) -> None:
         """Leave a living process that runs with what we want alone; replace anything else."""
@@ -100,6 +106,8 @@ class Startup:
         Raises:
             ServiceError: If it ended, or its time is over.
         """
+        if name == "runner" and self.waiting != [name]:
+            return False
         record = self.records.get(name)
         if processes.find(record.pid, record.started) is None:
             self._start_again(name)

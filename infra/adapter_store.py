@@ -129,21 +129,21 @@ def fetch_adapter(store: ObjectStore, version: AdapterVersion, cache_dir: Path) 
 
     Raises:
         RecordError: If the stored files are missing, damaged, or not the adapter they are recorded as.
+        HydraoptError: If the disk is full or read-only.
     """
     target = cache_dir / version.digest
     if _is_whole(target, version):
         return target
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{version.digest[:12]}.", dir=cache_dir))
     try:
-        for name, ref in version.files.items():
-            if name not in FILES:
-                raise RecordError(f"{version.key} names a file {name!r} that is no part of an adapter")
-            store.fetch_blob(ref, staging / name)
-        _check_is(staging, version)
-        _put_in_place(staging, target, version)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{version.digest[:12]}.", dir=cache_dir))
+        try:
+            _fetch_files(store, version, staging)
+            _put_in_place(staging, target, version)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    except OSError as error:
+        raise HydraoptError(f"{cache_dir} cannot be written: {error.strerror or error}") from error
     return target
 
 
@@ -239,6 +239,15 @@ def _is_whole(folder: Path, version: AdapterVersion) -> bool:
         )
     except OSError:
         return False
+
+
+def _fetch_files(store: ObjectStore, version: AdapterVersion, folder: Path) -> None:
+    """Fetch the version's files into ``folder`` and check that they are that adapter."""
+    for name, ref in version.files.items():
+        if name not in FILES:
+            raise RecordError(f"{version.key} names a file {name!r} that is no part of an adapter")
+        store.fetch_blob(ref, folder / name)
+    _check_is(folder, version)
 
 
 def _check_is(folder: Path, version: AdapterVersion) -> None:

@@ -74,7 +74,7 @@ def pull(  # noqa: PLR0917 - progress comes last in every verb
         RecordError: If nothing is published there, no trusted approver signed it, or anything in the store is
             not what it should be. ``out`` is then as it was.
         RefusedError: If the bundle was rejected, or not approved.
-        HydraoptError: If ``out`` is something else.
+        HydraoptError: If ``out`` is something else, or the disk is full or read-only.
     """
     out = out.absolute()
     pointer = live(store, name, channel)
@@ -86,13 +86,16 @@ def pull(  # noqa: PLR0917 - progress comes last in every verb
         )
     read_approval(store, name, pointer.bundle_id, trusted)
     data = read_manifest_bytes(store, name, pointer.bundle_id)
-    with _home_of(out) as home:
-        before = _current(out, home)
-        fetched, reused = _complete(store, home, pointer.bundle_id, data, progress or _silent)
-        changed = before != pointer.bundle_id
-        if changed:
-            _switch(out, home, pointer.bundle_id)
-        _tidy(home, keep={pointer.bundle_id, before or pointer.bundle_id}, also_newest=not changed)
+    try:
+        with _home_of(out) as home:
+            before = _current(out, home)
+            fetched, reused = _complete(store, home, pointer.bundle_id, data, progress or _silent)
+            changed = before != pointer.bundle_id
+            if changed:
+                _switch(out, home, pointer.bundle_id)
+            _tidy(home, keep={pointer.bundle_id, before or pointer.bundle_id}, also_newest=not changed)
+    except OSError as error:
+        raise HydraoptError(f"{out} cannot be written: {error.strerror or error}") from error
     return Pulled(
         name=name,
         channel=channel,

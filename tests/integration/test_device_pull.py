@@ -248,6 +248,13 @@ def test_what_is_not_ours_is_left_alone(manager, out, tmp_path, kind):
     assert tree(out.parent) == before
 
 
+def test_place_that_cannot_be_written_is_told(manager, out):
+    release(manager, 1)
+    out.parent.write_text("a file where a folder should be")
+    with pytest.raises(HydraoptError, match=f"{out} cannot be written"):
+        pulled(manager, out)
+
+
 def test_empty_folder_and_relative_path_are_fine(manager, out, monkeypatch):
     bundle_id = release(manager, 1)
     out.mkdir(parents=True)

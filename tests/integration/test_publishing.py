@@ -247,16 +247,16 @@ def test_publishers_killed_at_any_point_leave_a_valid_store(manager, running_sto
     """Publishers die at a random request, before it is sent or after the store did it. Then one runs to the end."""
     home, chance = tmp_path / "home", random.Random(11)
     home.mkdir()
-    folders = [manager.bundle_folder(seed) for seed in (1, 2, 3)]
+    folders = [manager.bundle_folder(seed) for seed in (1, 2)]
     generate_key(home / "alice.pem")
     child = start_publishing(manager, running_store, home, folders)
     outcomes = []
-    for _ in range(30):
-        child.stdin.write(f"{chance.choice(['sent', 'unsent'])} {chance.randint(1, 130)}\n")
+    for _ in range(15):
+        child.stdin.write(f"{chance.choice(['sent', 'unsent'])} {chance.randint(1, 90)}\n")
         child.stdin.flush()
         outcomes.append(child.stdout.readline().strip())
         known = {read_version(manager.store, manager.name, one).bundle_id for one in numbers(manager)}
-        assert len(known) == len(numbers(manager)) <= 3
+        assert len(known) == len(numbers(manager)) <= 2
     child.stdin.write("never 0\n")
     child.stdin.close()
     assert child.stdout.readline().strip() == "done"
@@ -264,12 +264,12 @@ def test_publishers_killed_at_any_point_leave_a_valid_store(manager, running_sto
     child.stdout.close()
 
     assert outcomes.count("killed") >= 5
-    assert numbers(manager) == [1, 2, 3]
+    assert numbers(manager) == [1, 2]
     expected = {hydraopt.Bundle.load(folder).id for folder in folders}
-    claimed = [read_version(manager.store, manager.name, one).bundle_id for one in (1, 2, 3)]
+    claimed = [read_version(manager.store, manager.name, one).bundle_id for one in (1, 2)]
     assert set(claimed) == expected
     assert live(manager.store, manager.name, "stable").bundle_id == claimed[-1]
-    assert [entry["version"] for entry in moves(manager)] == [1, 2, 3]
+    assert [entry["version"] for entry in moves(manager)] == [1, 2]
     for bundle_id in expected:
         for path, entry in read_manifest(manager.store, manager.name, bundle_id).files().items():
             assert len(manager.store.read_blob(BlobRef(**entry.model_dump()))) == entry.bytes, path

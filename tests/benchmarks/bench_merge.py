@@ -3,9 +3,9 @@
     python tests/benchmarks/bench_merge.py
     python tests/benchmarks/bench_merge.py --model llama-3.1-8b --count 16 --rank 32
 
-Each merge runs as a process of its own, as `hydraopt merge` does for a user, so its peak memory is its own. Beside it, in
-the same run, stands the floor: reading every byte of the same files once. Quote the ratio; absolute times are the
-machine's.
+Each merge runs as a process of its own, as `hydraopt merge` does for a user, so its peak memory is its own. Beside
+it, in the same run, stands the floor: reading every byte of the same files once. Quote the ratio; absolute times are
+the machine's.
 """
 
 from __future__ import annotations
@@ -51,12 +51,16 @@ def main() -> None:
             f"{middle['peak_rss_bytes'] / 2**30:.2f}",
         )
     console = Console(width=120)
-    console.print(f"{arguments.count} adapters, shapes of {arguments.model}, rank {arguments.rank}, bf16; {_machine()}")
+    console.print(
+        f"{arguments.count} adapters, shapes of {arguments.model}, rank {arguments.rank}, bf16; {_machine()}"
+    )
     console.print(table)
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", choices=sorted(SHAPES), default="llama-3.2-1b")
     parser.add_argument("--count", type=int, default=40)
     parser.add_argument("--rank", type=int, default=16)
@@ -76,7 +80,16 @@ def _measure(adapters: list[Path], method: str, budget: float, out: Path) -> dic
             while file.read(1 << 24):
                 pass
     floor = time.perf_counter() - start
-    command = [sys.executable, "-m", "flows.command_line", "merge", *map(str, adapters), "--out", str(out), "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "flows.command_line",
+        "merge",
+        *map(str, adapters),
+        "--out",
+        str(out),
+        "--json",
+    ]
     run = subprocess.run(
         [*command, "--method", method, "--budget", str(budget)], check=True, capture_output=True, text=True
     )
@@ -86,7 +99,8 @@ def _measure(adapters: list[Path], method: str, budget: float, out: Path) -> dic
 
 
 def _machine() -> str:
-    return f"{torch.get_num_threads()} threads, {platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}"
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+    return f"{torch.get_num_threads()} threads, {platform.machine()}, {versions}"
 
 
 if __name__ == "__main__":

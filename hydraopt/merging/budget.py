@@ -18,6 +18,8 @@ from hydraopt.errors import BudgetError
 from hydraopt.merging.problem import Floats, Ints, Option
 
 _BISECTIONS = 64
+_PRECISE = 1 + 1e-4  # of the multiplier; what is left over is spent afterwards
+_TINY = 1e-280
 _NEVER = 1e300  # numbers nobody pays for
 _CHEAPER = (1.0, 0.6, 0.3)  # multipliers at which leftovers are offered, relative to the last infeasible one
 
@@ -169,9 +171,7 @@ def within_budget(
             high, best = middle, choices
         else:
             low = middle
-        if low > 0 and high / low < 1 + 1e-9:
-            break
-        if low == 0 and high < 1e-280:
+        if (low > 0 and high / low < _PRECISE) or high < _TINY:
             break
     candidates = [fill(upgrade(curves, best, low, numbers), numbers)]
     candidates += [fill(choices, numbers) for choices in fixed if total_numbers(choices) <= numbers]
@@ -198,7 +198,7 @@ def within_error(modules: Sequence[Sequence[Option]], error: float) -> list[Choi
             low, best = middle, choices
         else:
             high = middle
-        if low > 0 and high / low < 1 + 1e-9:
+        if (low > 0 and high / low < _PRECISE) or high < _TINY:
             break
     return best
 

@@ -109,8 +109,17 @@ class Adapter:
             AdapterFormatError: If a value is NaN or infinite.
         """
         spec = self.modules[module]
-        up = self._finite(spec.up).to(dtype) * spec.scaling
-        return up, self._finite(spec.down).to(dtype)
+        up, down = self._finite(spec.up), self._finite(spec.down)
+        return up.to(dtype) * spec.scaling, down.to(dtype)
+
+    def write_factors(self, module: str, up: Tensor, down: Tensor) -> None:
+        """As :meth:`factors`, into given tensors (d_out, rank) and (rank, d_in), without the check of the values.
+
+        For repeated reading of what was checked once.
+        """
+        spec = self.modules[module]
+        up.copy_(self.file.read(spec.up)).mul_(spec.scaling)
+        down.copy_(self.file.read(spec.down))
 
     def extra(self, tensor: str) -> Tensor:
         """One ``modules_to_save`` tensor, exactly as stored."""

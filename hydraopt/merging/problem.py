@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -52,10 +53,11 @@ class ModuleProblem:
         """Size of the module's input."""
         return self.downs.shape[2]
 
-    @property
+    @cached_property
     def norms(self) -> Tensor:
         """Squared Frobenius norms |dW_k|^2, (K,) in float64."""
-        return self.rows.square().sum(dim=(1, 2), dtype=torch.float64)
+        norms: Tensor = torch.linalg.vector_norm(self.rows, dim=(1, 2))
+        return norms.double().square()
 
 
 @dataclass(frozen=True)
@@ -117,12 +119,11 @@ def load_module(
     numbers = sum(spec.rank * (spec.d_in + spec.d_out) for spec in specs)
     dtype = torch.float64 if numbers <= SMALL_PROBLEM else torch.float32
     rank = max(spec.rank for spec in specs)
-    ups = torch.zeros(len(tasks), specs[0].d_out, rank, dtype=dtype, device=device)
-    downs = torch.zeros(len(tasks), rank, specs[0].d_in, dtype=dtype, device=device)
+    make = torch.empty if all(spec.rank == rank for spec in specs) else torch.zeros
+    ups = make(len(tasks), specs[0].d_out, rank, dtype=dtype, device=device)
+    downs = make(len(tasks), rank, specs[0].d_in, dtype=dtype, device=device)
     for k, (task, spec) in enumerate(zip(tasks, specs, strict=True)):
-        up, down = adapters[task].factors(name, dtype)
-        ups[k, :, : spec.rank] = up.to(device)
-        downs[k, : spec.rank] = down.to(device)
+        adapters[task].write_factors(name, ups[k, :, : spec.rank], downs[k, : spec.rank])
     return reduce_module(
         name,
         tasks,

@@ -31,8 +31,6 @@ class Basis:
     """
 
     combinations: Tensor  # (q_max, K r)
-    energies: Tensor  # (q_max,), float64: weighted squared singular values, descending
-    total: float  # sum of all weighted energies
 
     def vectors(self, problem: ModuleProblem, rank: int) -> Tensor:
         """The first ``rank`` vectors as rows (rank, d_in), orthonormal up to the work dtype's rounding."""
@@ -76,15 +74,15 @@ def find_basis(problem: ModuleProblem, largest: int) -> Basis:
         largest: How many at most; fewer come back where the stack has a lower numerical rank.
     """
     scale = problem.weights.sqrt().to(problem.rows.device, problem.rows.dtype)
-    stacked = (problem.rows * scale[:, None, None]).flatten(0, 1)
-    gram = stacked @ stacked.mT
+    scale = scale.repeat_interleave(problem.rows.shape[1])
+    stacked = problem.rows.flatten(0, 1)
+    gram = (stacked @ stacked.mT) * (scale[:, None] * scale)  # scaled afterwards: no second copy of the rows
     values, vectors = leading_eigenvectors(gram, min(largest, gram.shape[0], problem.d_in))
     noise = 8 * gram.shape[0] * torch.finfo(gram.dtype).eps
     count = int((values > noise * values[:1].clamp_min(torch.finfo(torch.float64).tiny)).sum())
     values, vectors = values[:count], vectors[:, :count]
-    combinations = (vectors / values.sqrt()).mT * scale.repeat_interleave(problem.rows.shape[1]).double()
-    total = float((problem.norms.cpu() * problem.weights).sum())
-    return Basis(combinations.to(problem.rows.dtype), values, total)
+    combinations = (vectors / values.sqrt()).mT * scale.double()
+    return Basis(combinations.to(problem.rows.dtype))
 
 
 def leading_eigenvectors(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -284,6 +284,7 @@ def _check_layers(adapter: Adapter, base: LoadedBase, task: TaskFile) -> None:
 def _load_adapter(model: Any, adapter: Adapter) -> Any:
     """The model with the adapter on it, frozen. Its files were checked, so PEFT opens the safetensors file."""
     with quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         # PEFT only warns when tensors are missing and goes on with random ones.
         warnings.filterwarnings("error", message="Found missing adapter keys")
         try:

@@ -108,7 +108,8 @@ def finetune(
     folder.mkdir(parents=True, exist_ok=True)
     with _only_one(work / f"{key}.lock", task):
         resume = _last_whole_checkpoint(folder)
-        with _isolated_randomness():
+        with _isolated_randomness(), quiet(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the libraries' advice to one another
             model, base = _new_adapter(task, resolve_device(device))
             trainer = _trainer(
                 task,
@@ -120,9 +121,7 @@ def finetune(
                 device=device,
                 progress=progress,
             )
-            with quiet(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+            trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
         _publish(task, model, out, out.parent / f".{out.name}.{key[:12]}.partial")
         shutil.rmtree(folder)
     step = None if resume is None else _step(resume)

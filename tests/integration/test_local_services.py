@@ -23,7 +23,7 @@ from infra.settings import Settings
 
 pytestmark = pytest.mark.integration
 
-SERVERS = ("store", "mlflow", "prefect")
+SERVICES = ("store", "mlflow", "prefect", "runner")
 LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 
 
@@ -38,16 +38,16 @@ def no_variables():
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory, no_variables):
-    """A home folder with all servers running."""
+    """A home folder with everything running."""
     pytest.importorskip("mlflow")
     folder = tmp_path_factory.mktemp("services") / "home"
     told = []
     try:
         start = time.monotonic()
-        up(folder, runner=False, progress=lambda *step: told.append(step))
-        print(f"all servers ready after {time.monotonic() - start:.1f} s: {told}")
-        assert told[0] == (0, 3, "start store, mlflow, prefect")
-        assert told[-1][:2] == (3, 3)
+        up(folder, progress=lambda *step: told.append(step))
+        print(f"everything ready after {time.monotonic() - start:.1f} s: {told}")
+        assert told[0] == (0, 4, "start store, mlflow, prefect, runner")
+        assert told[-1][:2] == (4, 4)
         yield folder
     finally:
         down(folder)
@@ -64,11 +64,11 @@ def store_only(tmp_path, monkeypatch):
 
 
 def pids(home):
-    return {name: status(home)[name].pid for name in SERVERS}
+    return {name: status(home)[name].pid for name in SERVICES}
 
 
 def everyone(home):
-    return [process for name in SERVERS for process in processes.family(processes.mark(home, name))]
+    return [process for name in SERVICES for process in processes.family(processes.mark(home, name))]
 
 
 def kill(home, *names):
@@ -82,17 +82,17 @@ def kill(home, *names):
 
 
 def up_in_another_process(home):
-    script = f"from pathlib import Path; from infra.local_services import up; up(Path({str(home)!r}), runner=False)"
+    script = f"from pathlib import Path; from infra.local_services import up; up(Path({str(home)!r}))"
     return subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
 
 
-def test_every_server_is_healthy_and_has_a_log(home):
-    for name in SERVERS:
+def test_every_service_is_healthy_and_has_a_log(home):
+    for name in SERVICES:
         state = status(home)[name]
         assert (state.running, state.healthy, state.problem) == (True, True, None)
-        assert state.address.startswith("http://127.0.0.1:")
+        assert state.address is None if name == "runner" else state.address.startswith("http://127.0.0.1:")
         assert state.log.exists()
-    assert not status(home)["runner"].running
+    assert status(home).healthy
 
 
 def test_settings_find_the_servers(home):
@@ -186,26 +186,26 @@ def test_a_web_page_cannot_use_prefect(home):
 def test_up_again_starts_nothing(home):
     before = pids(home)
     start = time.monotonic()
-    up(home, runner=False)
+    up(home)
     assert time.monotonic() - start < 10
     assert pids(home) == before
 
 
-def test_killed_servers_come_back_alone_with_their_data_from_two_ups_at_once(home):
+def test_killed_services_come_back_alone_with_their_data_from_two_ups_at_once(home):
     """MLflow's first process leaves a second one behind that holds the port and the database."""
     before, settings = pids(home), Settings.load(home)
     ObjectStore(settings).create("kept", b"over a kill")
-    kill(home, "store", "mlflow")
+    kill(home, "store", "mlflow", "runner")
     assert not status(home)["store"].healthy
     both = [up_in_another_process(home) for _ in range(2)]
     assert [(process.communicate()[1], process.returncode) for process in both] == [("", 0), ("", 0)]
     after = pids(home)
     assert after["prefect"] == before["prefect"]
-    assert all(status(home)[name].healthy for name in SERVERS)
+    assert status(home).healthy
     assert Settings.load(home) == settings  # the same addresses and keys
     assert ObjectStore(settings).read("kept")[0] == b"over a kill"
     leaders = [process for process in everyone(home) if process.pid in after.values()]
-    assert len(leaders) == 3
+    assert len(leaders) == 4
     assert sum("uvicorn" in " ".join(process.cmdline()) for process in everyone(home)) == 1
 
 

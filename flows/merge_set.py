@@ -7,6 +7,7 @@ from typing import Any
 from prefect import flow
 
 from infra.settings import Settings
+from tasks.adapters import fetch_version
 from tasks.artifacts import show_gates
 from tasks.candidates import (
     find_candidate,
@@ -21,7 +22,6 @@ from tasks.merging import (
     bundle_folder,
     evaluate_alone,
     evaluate_merged,
-    fetch_version,
     merge_adapters,
     only_merge_on_this_host,
 )

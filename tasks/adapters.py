@@ -1,4 +1,4 @@
-"""Adapters: find, train, bring in, measure, store, register."""
+"""Adapters: find, train, bring in, measure, store, register, fetch."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from hydraopt.training.finetune import finetune, training_key
 from infra.adapter_registry import AdapterRegistry
 from infra.adapter_store import (
     AdapterVersion,
+    fetch_adapter,
     find_training,
     load_adapter_version,
     note_training,
@@ -98,6 +99,12 @@ def keep_adapter(
 def register_adapter(settings: Settings, version: AdapterVersion) -> int:
     """Show the version in MLflow and make it the serving one of its task; returns MLflow's number."""
     return AdapterRegistry(settings).register(version, f"s3://{settings.s3_bucket}/{version.key}")
+
+
+@verb(task_run_name="fetch {version.task}")
+def fetch_version(settings: Settings, version: AdapterVersion) -> Path:
+    """A local folder with this adapter version, from the cache if it is there whole."""
+    return fetch_adapter(ObjectStore(settings), version, settings.home / "cache" / "adapters")
 
 
 def describe_version(version: AdapterVersion, number: int) -> dict[str, Any]:

@@ -13,12 +13,13 @@ import hydraopt
 from hydraopt.bundle.layout import MANIFEST_FILE
 from hydraopt.errors import BundleError, ServiceError
 from hydraopt.evaluation.evaluate import Evaluation, evaluate_adapter, evaluate_bundle_tasks
-from infra.adapter_store import AdapterVersion, fetch_adapter
+from infra.adapter_store import AdapterVersion
 from infra.atomic_files import write_atomically
 from infra.blobs import BlobRef
 from infra.bundle_store import read_manifest, read_manifest_bytes
 from infra.object_store import ObjectStore
 from infra.settings import Settings
+from tasks.adapters import fetch_version
 from tasks.desired import DesiredSet
 from tasks.jobs import Job, recorded_evaluation, recorded_job
 from tasks.verb import progress, verb
@@ -40,12 +41,6 @@ def only_merge_on_this_host(settings: Settings) -> Iterator[None]:
             yield
     except filelock.Timeout:
         raise ServiceError(f"another merge-set has held {path} for hours: stop that process") from None
-
-
-@verb(task_run_name="fetch {version.task}")
-def fetch_version(settings: Settings, version: AdapterVersion) -> Path:
-    """A local folder with this adapter version, from the cache if it is there whole."""
-    return fetch_adapter(ObjectStore(settings), version, settings.home / "cache" / "adapters")
 
 
 @verb(task_run_name="merge {desired.spec.name}")
@@ -81,7 +76,7 @@ def evaluate_alone(settings: Settings, version: AdapterVersion) -> Evaluation | 
     known = recorded_evaluation(version, job)
     if known is not None:
         return known
-    folder = fetch_adapter(ObjectStore(settings), version, settings.home / "cache" / "adapters")
+    folder = fetch_version.fn(settings, version)
     return evaluate_adapter(job.task, folder, rows=job.rows, progress=progress)
 
 

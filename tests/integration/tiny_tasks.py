@@ -57,7 +57,7 @@ def write_task(folder: Path, name: str, encoder: Path, *, seed: int = 0) -> Path
     """A task file with rows: the label is the topic of the one word that is no filler, shifted by the task."""
     folder.mkdir(parents=True, exist_ok=True)
     shift = TASKS.index(name)
-    for split, count, draw in (("train", 96, 1), ("test", 60, 2)):
+    for split, count, draw in (("train", 96, 1), ("test", 120, 2)):
         rows = _rows(count, random.Random(100 * shift + draw), shift)
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"{name}-{split}.jsonl").write_text(text)

@@ -20,6 +20,7 @@ from tasks.adapters import (
 )
 from tasks.artifacts import show_adapter
 from tasks.jobs import job_from_file, recorded_evaluation
+from tasks.store import check_store
 
 
 @flow(name="finetune-task", flow_run_name="finetune {task_file.stem}")
@@ -33,6 +34,7 @@ def finetune_task(task_file: Path) -> dict[str, Any]:
         task_file: Absolute path of the task file on the machine that runs this flow.
     """
     settings = Settings.load().require_services()
+    check_store(settings)
     job = job_from_file(task_file)
 
     version = find_trained(settings, job.task)

@@ -20,6 +20,7 @@ from tasks.adapters import (
 from tasks.artifacts import show_adapter
 from tasks.jobs import job_from_file, serving_job
 from tasks.sources import fetch_source
+from tasks.store import check_store
 
 
 @flow(name="ingest-adapter", flow_run_name="ingest {task}")
@@ -35,6 +36,7 @@ def ingest_adapter(source: str, task: str, task_file: Path | None = None) -> dic
     """
     check_task_name(task)
     settings = Settings.load().require_services()
+    check_store(settings)
 
     folder = fetch_source(settings, source)
     adapter = check_adapter(folder)

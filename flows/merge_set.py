@@ -25,6 +25,7 @@ from tasks.merging import (
     merge_adapters,
     only_merge_on_this_host,
 )
+from tasks.store import check_store
 
 
 @flow(name="merge-set", flow_run_name="merge {bundle}")
@@ -38,6 +39,7 @@ def merge_set(bundle: str) -> dict[str, Any]:
         bundle: Name of the bundle.
     """
     settings = Settings.load().require_services()
+    check_store(settings)
     with only_merge_on_this_host(settings):
         desired = find_desired(read_desired(settings), bundle)
         if desired.fingerprint is None:

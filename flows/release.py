@@ -9,6 +9,7 @@ from prefect import flow
 from infra.settings import Settings
 from tasks.artifacts import show_move
 from tasks.releasing import check_approval, publish_bundle, show_live
+from tasks.store import check_store
 
 
 @flow(name="release", flow_run_name="release {bundle} {bundle_id}")
@@ -23,6 +24,7 @@ def release(bundle: str, bundle_id: str, channel: str = "stable") -> dict[str, A
         channel: The pointer that devices follow.
     """
     settings = Settings.load().require_services()
+    check_store(settings)
     approval = check_approval(settings, bundle, bundle_id)
     published = publish_bundle(settings, bundle, bundle_id, channel)
     show_live(settings, bundle, channel)

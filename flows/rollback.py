@@ -9,6 +9,7 @@ from prefect import flow
 from infra.settings import Settings
 from tasks.artifacts import show_move
 from tasks.releasing import choose_former_version, move_back, show_live
+from tasks.store import check_store
 
 
 @flow(name="rollback", flow_run_name="roll back {bundle}")
@@ -21,6 +22,7 @@ def rollback(bundle: str, channel: str = "stable", to: int | None = None) -> dic
         to: The version; None is the one before the live one.
     """
     settings = Settings.load().require_services()
+    check_store(settings)
     version = choose_former_version(settings, bundle, channel) if to is None else to
     published = move_back(settings, bundle, channel, version)
     show_live(settings, bundle, channel)

@@ -19,16 +19,16 @@ from infra.adapter_store import (
     store_adapter,
     version_key,
 )
-from infra.object_store import ObjectStore
 from infra.settings import Settings
 from tasks.jobs import Job, recorded_evaluation
+from tasks.store import object_store
 from tasks.verb import progress, verb
 
 
 @verb(task_run_name="look for a finished training of {task.name}")
 def find_trained(settings: Settings, task: TaskFile) -> AdapterVersion | None:
     """The adapter version that the same data, settings and code already gave, if any."""
-    return find_training(ObjectStore(settings), training_key(task))
+    return find_training(object_store(settings), training_key(task))
 
 
 @verb(task_run_name="fine-tune {task.name}")
@@ -52,7 +52,7 @@ def check_adapter(folder: Path) -> Adapter:
 @verb(task_run_name="look for adapter {task_name} {adapter.digest}")
 def find_stored(settings: Settings, adapter: Adapter, task_name: str) -> AdapterVersion | None:
     """The version this adapter is already stored as, if it is."""
-    store = ObjectStore(settings)
+    store = object_store(settings)
     if store.read(version_key(adapter.base_model, task_name, adapter.digest)) is None:
         return None
     return load_adapter_version(store, adapter.base_model, task_name, adapter.digest)
@@ -79,7 +79,7 @@ def keep_adapter(
     trained_as: str | None = None,
 ) -> AdapterVersion:
     """Put an adapter, its job and its measurement into the object store."""
-    store = ObjectStore(settings)
+    store = object_store(settings)
     version = store_adapter(
         store,
         folder,
@@ -104,7 +104,7 @@ def register_adapter(settings: Settings, version: AdapterVersion) -> int:
 @verb(task_run_name="fetch {version.task}")
 def fetch_version(settings: Settings, version: AdapterVersion) -> Path:
     """A local folder with this adapter version, from the cache if it is there whole."""
-    return fetch_adapter(ObjectStore(settings), version, settings.home / "cache" / "adapters")
+    return fetch_adapter(object_store(settings), version, settings.home / "cache" / "adapters")
 
 
 def describe_version(version: AdapterVersion, number: int) -> dict[str, Any]:

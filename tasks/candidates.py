@@ -11,17 +11,17 @@ from infra.bundle_registry import BundleRegistry
 from infra.bundle_store import claim_fingerprint, find_by_fingerprint, read_manifest, upload_bundle
 from infra.candidates import CandidateStatus, list_candidates
 from infra.evidence import Evidence, write_evidence, write_gate_report
-from infra.object_store import ObjectStore
 from infra.records import latest_record, read_record
 from infra.settings import Settings
 from tasks.desired import DesiredSet
+from tasks.store import object_store
 from tasks.verb import verb
 
 
 @verb(task_run_name="look for a bundle of {desired.spec.name}'s set")
 def find_candidate(settings: Settings, desired: DesiredSet) -> str | None:
     """Id of the bundle recorded for the set's fingerprint, if it was merged before."""
-    return find_by_fingerprint(ObjectStore(settings), desired.spec.name, str(desired.fingerprint))
+    return find_by_fingerprint(object_store(settings), desired.spec.name, str(desired.fingerprint))
 
 
 @verb(task_run_name="upload bundle {desired.spec.name}")
@@ -30,7 +30,7 @@ def upload_candidate(settings: Settings, desired: DesiredSet, folder: Path) -> s
 
     Two merges of one set may differ by rounding: then the first one recorded is the set's bundle.
     """
-    store = ObjectStore(settings)
+    store = object_store(settings)
     bundle_id = upload_bundle(store, desired.spec.name, folder)
     return claim_fingerprint(store, desired.spec.name, str(desired.fingerprint), bundle_id)
 
@@ -38,7 +38,7 @@ def upload_candidate(settings: Settings, desired: DesiredSet, folder: Path) -> s
 @verb(task_run_name="see what is measured of {desired.spec.name}")
 def needs_measuring(settings: Settings, desired: DesiredSet, bundle_id: str) -> bool:
     """Whether a task can be measured now that was not, or only on other rows. A decision ends that."""
-    store, name = ObjectStore(settings), desired.spec.name
+    store, name = object_store(settings), desired.spec.name
     record = latest_record(store, name, bundle_id, "evaluated")
     if record is None:
         return True
@@ -70,23 +70,23 @@ def keep_evidence(
     merged: dict[str, Evaluation],
 ) -> None:
     """Write down what was measured, before anybody judges it."""
-    write_evidence(ObjectStore(settings), desired.spec.name, bundle_id, own=own, merged=merged)
+    write_evidence(object_store(settings), desired.spec.name, bundle_id, own=own, merged=merged)
 
 
 @verb(task_run_name="judge {desired.spec.name}")
 def judge_candidate(settings: Settings, desired: DesiredSet, bundle_id: str) -> GateReport:
     """Judge the newest measurements by the bundle's gates; nothing is written when the verdict is known."""
-    return write_gate_report(ObjectStore(settings), desired.spec.name, bundle_id, desired.spec.gates)
+    return write_gate_report(object_store(settings), desired.spec.name, bundle_id, desired.spec.gates)
 
 
 @verb(task_run_name="show candidate {desired.spec.name} in MLflow")
 def show_candidate(settings: Settings, desired: DesiredSet, bundle_id: str, report: GateReport) -> None:
     """Bring MLflow's view of the candidate up to date; it may have been lost."""
-    manifest = read_manifest(ObjectStore(settings), desired.spec.name, bundle_id)
+    manifest = read_manifest(object_store(settings), desired.spec.name, bundle_id)
     BundleRegistry(settings).record_candidate(desired.spec.name, bundle_id, manifest, report)
 
 
 @verb(task_run_name="list candidates")
 def read_candidates(settings: Settings) -> list[CandidateStatus]:
     """Where every candidate stands."""
-    return list_candidates(ObjectStore(settings))
+    return list_candidates(object_store(settings))

@@ -11,6 +11,7 @@ from infra.adapter_store import AdapterVersion, load_adapter_version
 from infra.object_store import ObjectStore
 from infra.pipeline_spec import BundleSpec, desired_specs
 from infra.settings import Settings
+from tasks.store import object_store
 from tasks.verb import verb
 
 
@@ -29,7 +30,7 @@ class DesiredSet(BaseModel):
 def read_desired(settings: Settings) -> list[DesiredSet]:
     """Every bundle's desired set: what the registry says serves, in the versions the store holds."""
     serving = AdapterRegistry(settings).serving()
-    store = ObjectStore(settings)
+    store = object_store(settings)
     base_models = sorted({base_model for base_model, _ in serving})
     return [
         _desired(

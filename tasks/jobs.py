@@ -11,8 +11,8 @@ from hydraopt.evaluation.rows import rows_digest
 from hydraopt.evaluation.task_file import TaskFile
 from infra.adapter_registry import AdapterRegistry
 from infra.adapter_store import AdapterVersion, load_adapter_version, read_evaluation_rows
-from infra.object_store import ObjectStore
 from infra.settings import Settings
+from tasks.store import object_store
 from tasks.verb import verb
 
 
@@ -43,7 +43,7 @@ def job_from_file(path: Path, task_name: str | None = None) -> Job:
 
 def recorded_job(settings: Settings, version: AdapterVersion) -> Job | None:
     """The job an adapter version was stored with; None if it came without a task file."""
-    rows = read_evaluation_rows(ObjectStore(settings), version)
+    rows = read_evaluation_rows(object_store(settings), version)
     if version.task_definition is None or rows is None:
         return None
     return Job(TaskFile.from_definition(version.task_definition), rows)
@@ -63,4 +63,4 @@ def serving_job(settings: Settings, base_model: str, task_name: str) -> Job | No
     digest = AdapterRegistry(settings).serving(base_model).get((base_model, task_name))
     if digest is None:
         return None
-    return recorded_job(settings, load_adapter_version(ObjectStore(settings), base_model, task_name, digest))
+    return recorded_job(settings, load_adapter_version(object_store(settings), base_model, task_name, digest))

@@ -22,6 +22,7 @@ from infra.settings import Settings
 from tasks.adapters import fetch_version
 from tasks.desired import DesiredSet
 from tasks.jobs import Job, recorded_evaluation, recorded_job
+from tasks.store import object_store
 from tasks.verb import progress, verb
 
 _LONGEST_MERGE_S = 6 * 3600
@@ -63,7 +64,7 @@ def bundle_folder(settings: Settings, name: str, bundle_id: str, merged: Path | 
         return merged
     target = settings.home / "cache" / "bundles" / bundle_id
     if not _intact(target, bundle_id):
-        _fetch_bundle(ObjectStore(settings), name, bundle_id, target)
+        _fetch_bundle(object_store(settings), name, bundle_id, target)
     return target
 
 

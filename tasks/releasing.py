@@ -7,39 +7,39 @@ from typing import Any
 from infra.approvers import trusted
 from infra.bundle_registry import BundleRegistry
 from infra.candidates import verify_approval
-from infra.object_store import ObjectStore
 from infra.publishing import Published, live, publish, rollback, rollback_target
 from infra.settings import Settings
+from tasks.store import object_store
 from tasks.verb import verb
 
 
 @verb(task_run_name="verify the approval of {name} {bundle_id}")
 def check_approval(settings: Settings, name: str, bundle_id: str) -> dict[str, Any]:
     """What was signed; refuses if anything it rests on changed, or no trusted key signed it."""
-    return verify_approval(ObjectStore(settings), name, bundle_id, trusted(settings.home))
+    return verify_approval(object_store(settings), name, bundle_id, trusted(settings.home))
 
 
 @verb(task_run_name="publish {name} {bundle_id}")
 def publish_bundle(settings: Settings, name: str, bundle_id: str, channel: str) -> Published:
     """Give the bundle its version and make it live; a second call changes nothing."""
-    return publish(ObjectStore(settings), name, bundle_id, channel, trusted(settings.home))
+    return publish(object_store(settings), name, bundle_id, channel, trusted(settings.home))
 
 
 @verb(task_run_name="find the version to go back to")
 def choose_former_version(settings: Settings, name: str, channel: str) -> int:
     """The version before the live one. Asked once, so that a retry goes back one version and not two."""
-    return rollback_target(ObjectStore(settings), name, channel)
+    return rollback_target(object_store(settings), name, channel)
 
 
 @verb(task_run_name="roll {name} back to version {to}")
 def move_back(settings: Settings, name: str, channel: str, to: int) -> Published:
     """Point the channel at a version that was live before."""
-    return rollback(ObjectStore(settings), name, channel, trusted(settings.home), to=to)
+    return rollback(object_store(settings), name, channel, trusted(settings.home), to=to)
 
 
 @verb(task_run_name="show what is live of {name} in MLflow")
 def show_live(settings: Settings, name: str, channel: str) -> None:
     """Bring MLflow's aliases up to date with the channel; they may have been lost or moved by hand."""
-    newest = live(ObjectStore(settings), name, channel)
+    newest = live(object_store(settings), name, channel)
     if newest is not None:
         BundleRegistry(settings).record_release(name, newest.bundle_id, newest.version)

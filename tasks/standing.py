@@ -9,11 +9,12 @@ from infra.object_store import ObjectStore
 from infra.publishing import live
 from infra.settings import Settings
 from tasks.desired import DesiredSet, read_desired
+from tasks.store import object_store
 
 
 def standing(settings: Settings) -> dict[str, dict[str, Any]]:
     """By bundle name: its adapters, the desired bundle and its state, the live one, whether they agree."""
-    store = ObjectStore(settings)
+    store = object_store(settings)
     return {one.spec.name: _stand(store, one) for one in read_desired.fn(settings)}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -157,7 +158,7 @@ def test_error_falls_as_the_budget_grows(workshop):
         f"t{i}": workshop.adapter(f"t{i}", seed=i, rank=8, shared_a=True, shapes=shapes) for i in range(4)
     }
     errors = [hydraopt.merge(folders, budget=b).relative_error for b in (0.2, 0.3, 0.45, 0.6, 0.8)]
-    assert all(later <= earlier + 1e-4 for earlier, later in zip(errors, errors[1:], strict=False))
+    assert all(later <= earlier + 1e-4 for earlier, later in pairwise(errors))
 
 
 def test_a_budget_is_used_not_just_kept(workshop):

@@ -169,7 +169,13 @@ def export(output: Output, bundle: Path, out: Path, task: str | None, profile: s
 @click.option("--device", type=click.Choice(_DEVICES), default="auto", show_default=True)
 @click.option("--limit", type=int, help="Only the first rows.")
 def evaluate(
-    output: Output, taskfile: Path, adapter: Path | None, bundle: Path | None, device: str, limit: int | None
+    output: Output,
+    *,
+    taskfile: Path,
+    adapter: Path | None,
+    bundle: Path | None,
+    device: str,
+    limit: int | None,
 ) -> dict[str, Any]:
     """Measure an adapter or a bundle on a task's test rows.
 

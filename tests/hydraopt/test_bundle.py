@@ -165,13 +165,11 @@ def test_portable_folders_follow_the_rules_all_consumers_share(workshop, tmp_pat
         tensors = load_file(folder / "adapter_model.safetensors")
         rank = {"a": 8, "b": 16}[task]
         assert (config["r"], config["lora_alpha"], config["bias"]) == (rank, rank, "none")
-        assert not (
-            config["use_rslora"] or config["use_dora"] or config["rank_pattern"] or config["modules_to_save"]
-        )
+        for switch in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save"):
+            assert not config[switch]
         assert config["target_modules"] == ["down_proj", "q_proj", "v_proj"]
-        assert (
-            len(tensors) == 2 * 6
-        )  # both factors of every target in every layer, also where the task has none
+        # Both factors of every target in every layer, also where the task has none.
+        assert len(tensors) == 2 * 6
         assert all(
             rank == (tensor.shape[0] if "lora_A" in name else tensor.shape[1])
             for name, tensor in tensors.items()

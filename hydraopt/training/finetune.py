@@ -369,13 +369,16 @@ def _isolated_randomness() -> Iterator[None]:
     """The Trainer seeds every generator of the process; the caller's go on as if nothing had happened."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the Trainer's
     deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     try:
         with torch.random.fork_rng():
+            # The CPU's algorithms all are; on a GPU the few that have no such form only warn.
+            torch.use_deterministic_algorithms(mode=True, warn_only=True)
             yield
     finally:
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
-        torch.use_deterministic_algorithms(deterministic)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
 
 
 def _sha256(file: Path) -> str:

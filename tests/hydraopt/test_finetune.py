@@ -194,6 +194,29 @@ def test_a_checkpoint_without_its_marker_or_a_file_does_not_count(topic_task, tm
     assert finetune(task, tmp_path / "out", work=work, device="cpu").resumed_from_step is None
 
 
+def test_a_training_killed_after_its_last_step_only_publishes(topic_task, tmp_path, monkeypatch):
+    task = topic_task()
+    finetune(task, tmp_path / "whole", work=tmp_path / "undisturbed", device="cpu")
+
+    def killed(*_: object) -> None:
+        raise StopTrainingError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hydraopt.training.finetune._publish", killed)
+        with pytest.raises(StopTrainingError):
+            finetune(task, tmp_path / "out", work=tmp_path / "work", device="cpu")
+    steps: list[int] = []
+    result = finetune(
+        task,
+        tmp_path / "out",
+        work=tmp_path / "work",
+        device="cpu",
+        progress=lambda done, total, what: steps.append(done),
+    )
+    assert (result.resumed_from_step, steps) == (24, [])
+    assert_equal(tmp_path / "out", tmp_path / "whole")
+
+
 def test_checkpoints_of_another_training_are_not_used(topic_task, tmp_path):
     work = tmp_path / "work"
     with pytest.raises(StopTrainingError):

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import click
 
-
 # Before torch is loaded, here and in the processes started from here: its threads otherwise spin while they
 # wait for one another, and where a core is busy with something else a training step takes ten times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

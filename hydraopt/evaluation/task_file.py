@@ -49,7 +49,13 @@ METRICS_OF_KIND: dict[Kind, tuple[MetricName, ...]] = {
     "generation": ("exact_match", "rouge_l"),
 }
 """The metrics that make sense for each kind of task."""
-_DEFAULT_METRIC: dict[Kind, MetricName] = {"classification": "accuracy", "generation": "rouge_l"}
+# The fields' own defaults are for classification with a small encoder; a language model learns at lower rates.
+_GENERATION_DEFAULTS: dict[str, Any] = {
+    "metric": "rouge_l",
+    "max_length": 512,
+    "lora": {"alpha": 32.0},
+    "training": {"epochs": 3, "batch_size": 16, "learning_rate": 2e-4},
+}
 
 Words = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=500)]
 Language = Annotated[str, StringConstraints(pattern=r"^[A-Za-z]{2,3}(-[A-Za-z0-9]{2,8})*$")]
@@ -98,7 +104,7 @@ class LoraSettings(_Strict):
     """The shape of the adapter."""
 
     r: int = Field(16, ge=1, le=1024, description="Rank.")
-    alpha: float = Field(32.0, gt=0, allow_inf_nan=False, description="Scaling: alpha / r multiplies B A.")
+    alpha: float = Field(64.0, gt=0, allow_inf_nan=False, description="Scaling: alpha / r multiplies B A.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Share of a module's inputs dropped in training.")
     target_modules: Literal["all-linear"] | tuple[Words, ...] = Field(
         "all-linear", description="Names of the linear modules to adapt, or all of them."
@@ -115,8 +121,8 @@ class LoraSettings(_Strict):
 class TrainingSettings(_Strict):
     """How the adapter is trained."""
 
-    epochs: int = Field(10, ge=1, le=10_000, description="Passes over the training rows.")
-    batch_size: int = Field(16, ge=1, le=4096, description="Rows per step.")
+    epochs: int = Field(5, ge=1, le=10_000, description="Passes over the training rows.")
+    batch_size: int = Field(8, ge=1, le=4096, description="Rows per step.")
     learning_rate: float = Field(
         1e-3, gt=0, allow_inf_nan=False, description="Highest learning rate of AdamW."
     )
@@ -149,10 +155,14 @@ class TaskFile(_Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _metric_of_the_kind(cls, values: Any) -> Any:
-        if isinstance(values, dict) and "metric" not in values and values.get("kind") in _DEFAULT_METRIC:
-            return {**values, "metric": _DEFAULT_METRIC[values["kind"]]}
-        return values
+    def _defaults_of_the_kind(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("kind") != "generation":
+            return values
+        filled = _GENERATION_DEFAULTS | values
+        for group in ("lora", "training"):
+            if isinstance(filled[group], dict):
+                filled[group] = _GENERATION_DEFAULTS[group] | filled[group]
+        return filled
 
     @model_validator(mode="after")
     def _fits_its_kind(self) -> Self:

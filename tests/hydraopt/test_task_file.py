@@ -53,7 +53,11 @@ def load(folder: Path, **changes: object) -> TaskFile:
 def test_a_minimal_file_gets_sensible_defaults(tmp_path):
     task = load(tmp_path)
     assert (task.metric, task.lora.target_modules, task.revision) == ("accuracy", "all-linear", None)
-    assert TaskFile.load(write(tmp_path, GENERATION)).metric == "rouge_l"
+    generation = TaskFile.load(write(tmp_path, GENERATION | {"lora": {"r": 8}, "training": {"epochs": 7}}))
+    assert (generation.metric, generation.max_length) == ("rouge_l", 512)
+    assert (generation.lora.r, generation.lora.alpha) == (8, 32)
+    assert (generation.training.epochs, generation.training.learning_rate) == (7, 2e-4)
+    assert task.training.learning_rate == 1e-3
 
 
 def test_data_is_found_relative_to_the_task_file(tmp_path, monkeypatch):

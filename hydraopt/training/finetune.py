@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import random
 import shutil
 import time
@@ -36,11 +35,13 @@ from transformers import (
     TrainingArguments,
 )
 
+from hydraopt.adapters.peft_folder import CONFIG_FILE, TENSOR_FILE
 from hydraopt.base_models import LoadedBase, TaskType, generation_task_type, load_base, quiet, resolve_device
 from hydraopt.errors import TaskFileError
 from hydraopt.evaluation.encoding import IGNORED, classification_example, input_limit, training_example
 from hydraopt.evaluation.rows import Row, rows_digest
 from hydraopt.evaluation.task_file import TaskFile
+from hydraopt.training.checkpoints import MarkCheckpoints, last_whole_checkpoint, step_of, sync
 
 Progress = Callable[[int, int, str], None]
 """Called with (steps done, steps in all, what is being done)."""
@@ -48,9 +49,6 @@ Progress = Callable[[int, int, str], None]
 TRAINING_VERSION = "1"
 """Raised whenever the same task and rows would give another adapter."""
 
-CONFIG_FILE = "adapter_config.json"
-TENSOR_FILE = "adapter_model.safetensors"
-_MARKER = "whole.json"
 _KEPT_CHECKPOINTS = 2  # the last one may be cut short by a kill; then the one before it counts
 
 
@@ -107,7 +105,7 @@ def finetune(
     folder = work / key
     folder.mkdir(parents=True, exist_ok=True)
     with _only_one(work / f"{key}.lock", task):
-        resume = _last_whole_checkpoint(folder)
+        resume = last_whole_checkpoint(folder)
         with _isolated_randomness(), quiet(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the libraries' advice to one another
             model, base = _new_adapter(task, resolve_device(device))
@@ -124,7 +122,7 @@ def finetune(
             trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
         _publish(task, model, out, out.parent / f".{out.name}.{key[:12]}.partial")
         shutil.rmtree(folder)
-    step = None if resume is None else _step(resume)
+    step = None if resume is None else step_of(resume)
     return FinetuneResult(out, time.monotonic() - started, step, len(rows))
 
 
@@ -205,7 +203,7 @@ def _trainer(
         args=arguments,
         train_dataset=_dataset(task, model, base.tokenizer, rows),
         data_collator=_collator(task, base.tokenizer),
-        callbacks=[_MarkCheckpoints(), _Report(task.name, progress)],
+        callbacks=[MarkCheckpoints(), _Report(task.name, progress)],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -258,48 +256,6 @@ class _Report(TrainerCallback):  # type: ignore[misc]  # untyped library
             self._progress(state.global_step, state.max_steps, self._what)
 
 
-class _MarkCheckpoints(TrainerCallback):  # type: ignore[misc]  # untyped library
-    """Writes a marker into each checkpoint once all of it is on disk.
-
-    The Trainer writes a checkpoint file by file in its final folder, so a killed run leaves one that looks
-    complete by name.
-    """
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        digests = {}
-        for file in sorted(checkpoint.iterdir()):
-            _sync(file)
-            digests[file.name] = _sha256(file)
-        partial = checkpoint / f"{_MARKER}.partial"
-        partial.write_text(json.dumps(digests, sort_keys=True), encoding="utf-8")
-        _sync(partial)
-        partial.replace(checkpoint / _MARKER)
-
-
-def _last_whole_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint whose files are all as they were written; half-written ones are removed."""
-    whole = []
-    for checkpoint in folder.glob("checkpoint-*"):
-        if _is_whole(checkpoint):
-            whole.append(checkpoint)
-        else:
-            shutil.rmtree(checkpoint)
-    return max(whole, key=_step, default=None)
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    try:
-        digests = json.loads((checkpoint / _MARKER).read_bytes())
-        return all(_sha256(checkpoint / name) == digest for name, digest in digests.items())
-    except (OSError, ValueError, AttributeError):
-        return False
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("checkpoint-"))
-
-
 def _publish(task: TaskFile, model: Any, out: Path, partial: Path) -> None:
     """Write the adapter beside ``out`` and move it there whole."""
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
@@ -311,7 +267,7 @@ def _publish(task: TaskFile, model: Any, out: Path, partial: Path) -> None:
     config = json.dumps(_adapter_config(task, model), indent=2, sort_keys=True)
     (partial / CONFIG_FILE).write_text(f"{config}\n", encoding="utf-8")
     for file in partial.iterdir():
-        _sync(file)
+        sync(file)
     if out.is_dir():
         # A folder with content cannot be replaced in one step; out is missing for an instant, never half there.
         old = partial.with_suffix(".old")
@@ -321,7 +277,7 @@ def _publish(task: TaskFile, model: Any, out: Path, partial: Path) -> None:
         shutil.rmtree(old)
     else:
         partial.rename(out)
-    _sync(out.parent)
+    sync(out.parent)
 
 
 def _adapter_config(task: TaskFile, model: Any) -> dict[str, Any]:
@@ -379,16 +335,3 @@ def _isolated_randomness() -> Iterator[None]:
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

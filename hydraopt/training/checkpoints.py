@@ -1,0 +1,72 @@
+"""Trainer checkpoints that can be told whole from half-written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+_MARKER = "whole.json"
+
+
+class MarkCheckpoints(TrainerCallback):  # type: ignore[misc]  # untyped library
+    """Writes a marker into each checkpoint once all of it is on disk.
+
+    The Trainer writes a checkpoint file by file in its final folder, so a killed run leaves one that looks
+    complete by name.
+    """
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        """Called by the Trainer after it wrote a checkpoint."""
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        digests = {}
+        for file in sorted(checkpoint.iterdir()):
+            sync(file)
+            digests[file.name] = _sha256(file)
+        partial = checkpoint / f"{_MARKER}.partial"
+        partial.write_text(json.dumps(digests, sort_keys=True), encoding="utf-8")
+        sync(partial)
+        partial.replace(checkpoint / _MARKER)
+
+
+def last_whole_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint whose files are all as they were written; half-written ones are removed."""
+    whole = []
+    for checkpoint in folder.glob("checkpoint-*"):
+        if _is_whole(checkpoint):
+            whole.append(checkpoint)
+        else:
+            shutil.rmtree(checkpoint)
+    return max(whole, key=step_of, default=None)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        digests = json.loads((checkpoint / _MARKER).read_bytes())
+        return all(_sha256(checkpoint / name) == digest for name, digest in digests.items())
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def step_of(checkpoint: Path) -> int:
+    """How many optimiser steps a checkpoint has behind it."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Have the operating system write a file or a folder's entries to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

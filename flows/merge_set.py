@@ -17,7 +17,7 @@ from tasks.candidates import (
     show_candidate,
     upload_candidate,
 )
-from tasks.desired import DesiredSet, find_desired, read_desired
+from tasks.desired import find_desired, read_desired
 from tasks.merging import (
     bundle_folder,
     evaluate_alone,
@@ -67,8 +67,3 @@ def merge_set(bundle: str) -> dict[str, Any]:
         "fingerprint": desired.fingerprint,
         "passed": report.passed,
     }
-
-
-def planned_steps(desired: DesiredSet) -> int:
-    """About how many task runs a merge of this set takes, for a progress bar."""
-    return 8 + 2 * len(desired.versions)

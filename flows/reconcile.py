@@ -10,7 +10,6 @@ from typing import Any
 from prefect import flow
 
 from flows.deployed_run import run_deployed
-from flows.merge_set import planned_steps
 from flows.release import release
 from hydraopt.errors import HydraoptError, ServiceError
 from infra.candidates import CandidateStatus
@@ -24,6 +23,9 @@ from tasks.candidates import (
 )
 from tasks.desired import DesiredSet, read_desired
 from tasks.releasing import show_live
+
+_FIXED_STEPS = 9
+"""Task runs of a merge-set beside the two per adapter, for its progress bar."""
 
 
 @flow(name="reconcile")
@@ -86,7 +88,8 @@ def _bring_up_to_date(settings: Settings, desired: DesiredSet) -> dict[str, Any]
     bundle_id = find_candidate(settings, desired)
     state = "unchanged"
     if bundle_id is None or needs_measuring(settings, desired, bundle_id):
-        run_deployed("merge-set", {"bundle": name}, steps=planned_steps(desired))
+        steps = _FIXED_STEPS + 2 * len(desired.versions)
+        run_deployed("merge-set", {"bundle": name}, steps=steps)
         state = "merged"
         bundle_id = find_candidate(settings, desired)
     if bundle_id is None:

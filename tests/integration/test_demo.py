@@ -96,6 +96,7 @@ def test_a_killed_demo_goes_on_and_publishes_nothing_twice(demo):
 
     first, second = demo.finish(), demo.finish()
 
+    print(f"finished in {first['seconds']} s, again in {second['seconds']} s")
     assert first["live_version"] == second["live_version"] == 1
     assert set(first["versions"]) == {"1", "2"}
     assert len(set(first["versions"].values())) == 2

@@ -1,0 +1,40 @@
+"""When a task is tried again, and who hears of its progress."""
+
+import pytest
+
+pytest.importorskip("prefect")
+
+from prefect.states import Failed
+
+from hydraopt.errors import BudgetError, ServiceError
+from tasks.verb import _is_service_error, progress, reporting, verb
+
+
+@pytest.mark.parametrize(
+    ("error", "again"),
+    [(ServiceError("down"), True), (BudgetError("too small"), False), (KeyError("bug"), False)],
+)
+def test_only_a_failed_server_is_asked_again(error, again):
+    """Bad input fails the same way each time, and a bug too."""
+    assert _is_service_error(None, None, Failed(data=error)) is again
+
+
+def test_nothing_is_cached_by_prefect():
+    """The object store knows what is done; a second memory could disagree with it."""
+    from prefect.cache_policies import NO_CACHE
+
+    @verb()
+    def nothing() -> None:
+        """Do nothing."""
+
+    assert nothing.cache_policy == NO_CACHE
+    assert nothing.retries == 2
+
+
+def test_progress_reaches_the_one_who_listens_and_nobody_else():
+    heard = []
+    progress(1, 2, "before")
+    with reporting(lambda *step: heard.append(step)):
+        progress(1, 2, "during")
+    progress(2, 2, "after")
+    assert heard == [(1, 2, "during")]

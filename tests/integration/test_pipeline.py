@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ import torch
 import yaml
 
 from infra import local_services
+from infra.object_store import ObjectStore
+from infra.settings import Settings
+from infra.signatures import generate_key
 
 pytest.importorskip("prefect")
 sys.path.insert(0, str(Path(__file__).parent))  # importlib mode adds no folder by itself
@@ -180,11 +184,26 @@ def test_a_candidate_waits_for_a_signature(registered, candidate):
     assert found["storage_ratio"] <= 0.8
 
 
+def test_the_schedule_of_reconcile_is_kept(registered, candidate):
+    """Prefect plans its next runs; a server that cannot write them leaves the schedule dead without a word."""
+    settings = Settings.load(registered.home)
+    body = json.dumps({"flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}}).encode()
+    end = time.monotonic() + 90
+    while True:
+        request = urllib.request.Request(
+            f"{settings.prefect_api_url}/flow_runs/filter", body, {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            planned = [run for run in json.load(answer) if run["auto_scheduled"]]
+        if planned:
+            break
+        assert time.monotonic() < end, "no run of reconcile is planned: see the log of Prefect's server"
+        time.sleep(1)
+
+
 def test_nothing_is_signed_with_a_strangers_key(registered, candidate, released):
     """A key nobody trusts is refused (3), a file that is no key is bad input (2)."""
     stranger = registered.folder / "stranger.pem"
-    from infra.signatures import generate_key
-
     generate_key(stranger)
     broken = registered.folder / "broken.pem"
     broken.write_text("no key")
@@ -310,9 +329,6 @@ def test_bad_adapters_and_names_are_refused_and_leave_nothing(registered, releas
 
 def test_an_adapter_comes_from_s3(registered, released):
     """The same adapter from a bucket is the same version."""
-    from infra.object_store import ObjectStore
-    from infra.settings import Settings
-
     store = ObjectStore(Settings.load(registered.home))
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         store.create(f"incoming/second/{name}", (registered.folder / "elsewhere" / name).read_bytes())

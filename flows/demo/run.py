@@ -11,7 +11,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
@@ -19,17 +19,31 @@ from flows.command_line.output import Output
 from infra import local_services
 from infra.settings import Settings
 
+if TYPE_CHECKING:
+    from flows.demo.second_process import SecondProcess
+
 _OURS = "services-of-the-demo"
 
 
 def run_demo(output: Output, *, keep: bool) -> dict[str, Any]:
     """Run everything on the home of this process; stop the services it started unless ``keep``."""
+    from flows.demo.material import task_files
+    from flows.demo.second_process import SecondProcess
+
     started = time.monotonic()
-    with _services(output, keep=keep):
+    home = _prepare(Settings.load().home)
+    pipeline, elsewhere = task_files()
+    mine = len(pipeline) - max(0, (len(pipeline) - len(elsewhere)) // 2)
+    with (
+        SecondProcess.started(Settings.load(), elsewhere, pipeline[mine:]) as second,
+        _services(output, home, keep=keep),
+    ):
         from flows.connection import connect
 
         settings = connect(verbose=output.verbose)
-        result = _Story(output, settings, started).tell()
+        second.servers_are_up()
+        story = _Story(output, settings, started)
+        result = story.tell(pipeline[:mine], elsewhere, second)
         pages = {"prefect": str(settings.prefect_api_url).removesuffix("/api"), "mlflow": settings.mlflow_uri}
     output.show()
     for name, address in pages.items():
@@ -41,14 +55,20 @@ def run_demo(output: Output, *, keep: bool) -> dict[str, Any]:
     return {**result, "pages": pages, "kept": keep, "seconds": seconds}
 
 
+def _prepare(home: Path) -> Path:
+    """The home folder with the demo's own; notes there whether the services are the demo's to stop."""
+    running = any(one.running and not one.elsewhere for one in local_services.status(home).services)
+    home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    (home / "demo").mkdir(exist_ok=True)
+    if not running:
+        (home / "demo" / _OURS).touch()
+    return home
+
+
 @contextlib.contextmanager
-def _services(output: Output, *, keep: bool) -> Iterator[None]:
+def _services(output: Output, home: Path, *, keep: bool) -> Iterator[None]:
     """Running services; those that ran before the first demo are not the demo's to stop."""
-    home = Settings.load().home
     mark = home / "demo" / _OURS
-    if not any(one.running and not one.elsewhere for one in local_services.status(home).services):
-        mark.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        mark.touch()
     output.note(f"Services below {home}")
     with output.progress() as progress:
         local_services.up(home, progress=progress)
@@ -71,15 +91,19 @@ class _Story:
         self.settings = settings
         self._started = started
 
-    def tell(self) -> dict[str, Any]:
-        """All stations; returns what ``--json`` prints."""
+    def tell(self, pipeline: list[Path], elsewhere: list[Path], second: SecondProcess) -> dict[str, Any]:
+        """All stations; returns what ``--json`` prints.
+
+        Args:
+            pipeline: Task files to fine-tune in this process.
+            elsewhere: Those that the second process trains an adapter for with the library alone.
+            second: It also fine-tunes the rest of the pipeline's tasks.
+        """
         from flows.demo import material
 
         material.describe_bundle(self.settings)
-        pipeline, outside = material.task_files()
-        for task_file in pipeline:
-            self._finetune(task_file)
-        for task_file in outside:
+        self._finetune_all(pipeline, second)
+        for task_file in elsewhere:
             self._ingest(task_file)
 
         first = self._bring_up_to_date("Reconcile notices the new adapters")
@@ -87,9 +111,9 @@ class _Story:
         self._pull(check=first)
         self._reconcile("Reconcile again: nothing changed")
 
-        self._finetune(material.updated_task_file(self.settings, pipeline[0]), what="Update one adapter")
-        second = self._bring_up_to_date("Reconcile notices the one new adapter")
-        version_2 = self._release(second)
+        self._update(material.updated_task_file(self.settings, pipeline[0]))
+        updated = self._bring_up_to_date("Reconcile notices the one new adapter")
+        version_2 = self._release(updated)
         self._pull(check=None)
 
         live = self._roll_back(version_1)
@@ -97,18 +121,36 @@ class _Story:
         report = self._report(first)
         return {
             "bundle": material.BUNDLE,
-            "versions": {str(version_1): first, str(version_2): second},
+            "versions": {str(version_1): first, str(version_2): updated},
             "live_version": live,
             "storage_ratio": report.storage_ratio,
             "mean_drop_percent": report.mean_drop_percent,
             "tasks": {task: one.model_dump(mode="json") for task, one in report.tasks.items()},
         }
 
-    def _finetune(self, task_file: Path, what: str = "Fine-tune") -> None:
+    def _finetune_all(self, task_files: list[Path], second: SecondProcess) -> None:
+        """Two trainings at a time, one here and one there."""
+        import torch
+
+        from flows.demo.second_process import threads
         from flows.finetune_task import finetune_task
 
-        with self._station(f"{what}: {task_file.stem}"):
-            result = finetune_task(task_file)
+        before = torch.get_num_threads()
+        with self._station("Fine-tune adapters, two at a time") as progress, second.reporting(progress):
+            torch.set_num_threads(threads())
+            for task_file in task_files:
+                self._say_trained(finetune_task(task_file))
+            for result in second.results():
+                self._say_trained(result)
+            torch.set_num_threads(before)
+
+    def _update(self, task_file: Path) -> None:
+        from flows.finetune_task import finetune_task
+
+        with self._station(f"Update one adapter: {task_file.stem}"):
+            self._say_trained(finetune_task(task_file))
+
+    def _say_trained(self, result: dict[str, Any]) -> None:
         how = "trained" if result["trained"] else "unchanged since an earlier training"
         self._say(f"{result['task']}: {result['metric']} {result['value']:.3f}, {how}")
 
@@ -116,7 +158,7 @@ class _Story:
         from flows.demo.material import train_elsewhere
         from flows.ingest_adapter import ingest_adapter
 
-        with self._station(f"Train elsewhere, then ingest: {task_file.stem}") as progress:
+        with self._station(f"Ingest an adapter trained elsewhere: {task_file.stem}") as progress:
             folder = train_elsewhere(self.settings, task_file, progress)
             result = ingest_adapter(str(folder), task_file.stem, task_file)
         how = "known already" if result["known"] else "registered"

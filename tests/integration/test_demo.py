@@ -90,7 +90,7 @@ def test_a_killed_demo_goes_on_and_publishes_nothing_twice(demo):
     seed = random.SystemRandom().randrange(10_000)
     print(f"delays drawn with seed {seed}")
     draw = random.Random(seed)
-    demo.kill_after("Train elsewhere", draw.uniform(0, 3))
+    demo.kill_after("Fine-tune adapters", draw.uniform(0, 10))
     demo.kill_after("Reconcile notices the new", draw.uniform(0, 10), runner=True)
     demo.kill_after("publishes", draw.uniform(0, 2))
 

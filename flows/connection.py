@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 from hydraopt.errors import ServiceError
@@ -37,6 +39,24 @@ def connect(*, verbose: bool = False) -> Settings:
         for name, value in _QUIET.items():
             os.environ.setdefault(name, value)
     return settings
+
+
+@contextlib.contextmanager
+def prefect_may_fail(settings: Settings) -> Iterator[None]:
+    """Turn a connection to Prefect that broke while a flow ran into an error that says so.
+
+    Raises:
+        ServiceError: Instead of what Prefect's client raised.
+    """
+    import httpx
+
+    try:
+        yield
+    except httpx.TransportError as error:
+        raise ServiceError(
+            f"Prefect at {settings.prefect_api_url} stopped answering ({type(error).__name__}): see its log, "
+            "start it with `hydraopt up` and run this again; what was done is kept"
+        ) from error
 
 
 def _check_answers(name: str, address: str) -> None:

@@ -38,12 +38,12 @@ def run_demo(output: Output, *, keep: bool) -> dict[str, Any]:
         SecondProcess.started(Settings.load(), elsewhere, pipeline[mine:]) as second,
         _services(output, home, keep=keep),
     ):
-        from flows.connection import connect
+        from flows.connection import connect, prefect_may_fail
 
         settings = connect(verbose=output.verbose)
         second.servers_are_up()
-        story = _Story(output, settings, started)
-        result = story.tell(pipeline[:mine], elsewhere, second)
+        with prefect_may_fail(settings):
+            result = _Story(output, settings, started).tell(pipeline[:mine], elsewhere, second)
         pages = {"prefect": str(settings.prefect_api_url).removesuffix("/api"), "mlflow": settings.mlflow_uri}
     output.show()
     for name, address in pages.items():

@@ -112,14 +112,19 @@ class Adapter:
         up, down = self._finite(spec.up), self._finite(spec.down)
         return up.to(dtype) * spec.scaling, down.to(dtype)
 
-    def write_factors(self, module: str, up: Tensor, down: Tensor) -> None:
-        """As :meth:`factors`, into given tensors (d_out, rank) and (rank, d_in), without the check of the values.
+    def parts(self, module: str) -> tuple[Tensor, Tensor, float]:
+        """``(up, down, scaling)`` of one module as the file stores them: ``dW = scaling * up @ down``.
 
-        For repeated reading of what was checked once.
+        For repeated reading of what :meth:`factors` checked once: values are not looked at, no number is converted.
+
+        Args:
+            module: One of ``self.modules``.
+
+        Returns:
+            ``up`` (d_out, rank) and ``down`` (rank, d_in) in the file's dtype, and the scaling.
         """
         spec = self.modules[module]
-        up.copy_(self.file.read(spec.up)).mul_(spec.scaling)
-        down.copy_(self.file.read(spec.down))
+        return self.file.read(spec.up), self.file.read(spec.down), spec.scaling
 
     def extra(self, tensor: str) -> Tensor:
         """One ``modules_to_save`` tensor, exactly as stored."""

@@ -123,7 +123,9 @@ def load_module(
     ups = make(len(tasks), specs[0].d_out, rank, dtype=dtype, device=device)
     downs = make(len(tasks), rank, specs[0].d_in, dtype=dtype, device=device)
     for k, (task, spec) in enumerate(zip(tasks, specs, strict=True)):
-        adapters[task].write_factors(name, ups[k, :, : spec.rank], downs[k, : spec.rank])
+        up, down, scaling = adapters[task].parts(name)
+        ups[k, :, : spec.rank].copy_(up).mul_(scaling)
+        downs[k, : spec.rank].copy_(down)
     return reduce_module(
         name,
         tasks,

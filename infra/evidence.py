@@ -10,8 +10,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from hydraopt.errors import RecordError
-from hydraopt.evaluation.evaluate import Evaluation
 from hydraopt.evaluation.gates import GateReport, GateRules, judge
+from hydraopt.evaluation.result import Evaluation
 from infra.bundle_store import read_manifest
 from infra.object_store import ObjectStore
 from infra.records import Record, append_record, latest_record, read_records

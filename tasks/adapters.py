@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from hydraopt.adapters.peft_folder import Adapter, read_adapter
-from hydraopt.evaluation.evaluate import Evaluation, evaluate_adapter
+from hydraopt.evaluation.evaluate import evaluate_adapter
+from hydraopt.evaluation.result import Evaluation
 from hydraopt.evaluation.task_file import TaskFile
 from hydraopt.training.finetune import finetune, training_key
 from infra.adapter_registry import AdapterRegistry

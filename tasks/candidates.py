@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from hydraopt.evaluation.evaluate import Evaluation
 from hydraopt.evaluation.gates import GateReport
+from hydraopt.evaluation.result import Evaluation
 from infra.bundle_registry import BundleRegistry
 from infra.bundle_store import claim_fingerprint, find_by_fingerprint, read_manifest, upload_bundle
 from infra.candidates import CandidateStatus, list_candidates

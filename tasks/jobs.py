@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hydraopt.errors import TaskFileError
-from hydraopt.evaluation.evaluate import Evaluation
+from hydraopt.evaluation.result import Evaluation
 from hydraopt.evaluation.rows import rows_digest
 from hydraopt.evaluation.task_file import TaskFile
 from infra.adapter_registry import AdapterRegistry

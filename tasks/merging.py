@@ -12,7 +12,8 @@ import filelock
 import hydraopt
 from hydraopt.bundle.layout import MANIFEST_FILE
 from hydraopt.errors import BundleError, ServiceError
-from hydraopt.evaluation.evaluate import Evaluation, evaluate_adapter, evaluate_bundle_tasks
+from hydraopt.evaluation.evaluate import evaluate_adapter, evaluate_bundle_tasks
+from hydraopt.evaluation.result import Evaluation
 from infra.adapter_store import AdapterVersion
 from infra.atomic_files import write_atomically
 from infra.blobs import BlobRef

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from pydantic import BaseModel, ConfigDict, Field
 
 from hydraopt.adapters import Adapter, read_adapter
 from hydraopt.base_models import (
@@ -29,27 +28,11 @@ from hydraopt.bundle import Bundle
 from hydraopt.errors import AdapterFormatError, TaskFileError
 from hydraopt.evaluation.metrics import score_labels, score_texts
 from hydraopt.evaluation.predict import Progress, predict_labels, predict_texts
+from hydraopt.evaluation.result import Evaluation
 from hydraopt.evaluation.rows import Row, references, rows_digest
 from hydraopt.evaluation.task_file import TaskFile
 
 _PEFT_PREFIX = "base_model.model."
-
-
-class Evaluation(BaseModel):
-    """What one model scored on one task's rows."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    task: str = Field(description="Name of the task.")
-    metric: str = Field(description="The metric the gates look at.")
-    value: float = Field(description="Its value in [0, 1].")
-    low: float = Field(description="Lower end of its 95 % interval.")
-    high: float = Field(description="Upper end of its 95 % interval.")
-    samples: int = Field(ge=1, description="Rows evaluated.")
-    metrics: dict[str, float] = Field(
-        description="All metrics of its kind, and the share of rows without output."
-    )
-    data_digest: str = Field(description="SHA-256 (hex) of the canonical rows evaluated.")
 
 
 def evaluate_adapter(

@@ -14,7 +14,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hydraopt.errors import TaskFileError
-from hydraopt.evaluation.evaluate import Evaluation
+from hydraopt.evaluation.result import Evaluation
 from hydraopt.evaluation.yaml_file import explain, read_yaml
 
 # 100 * (0.8 - 0.76) / 0.8 is 5.000000000000004: a limit met exactly must not fail by rounding.

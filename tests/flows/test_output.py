@@ -128,6 +128,28 @@ def test_help_needs_no_heavy_import():
         assert name in done.stdout
 
 
+def test_looking_at_candidates_loads_no_model_library(tmp_path):
+    """They take seconds to load; the command gets as far as the store, which does not run here."""
+    code = (
+        "import sys\n"
+        "from click.testing import CliRunner\n"
+        "from flows.command_line import main\n"
+        "result = CliRunner().invoke(main, ['candidates'])\n"
+        "assert (result.exit_code, 'store' in result.stderr) == (2, True), result.stderr\n"
+        "heavy = {'peft', 'transformers', 'datasets', 'sklearn', 'mlflow', 'prefect'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("HYDRAOPT_")}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**clean, "HYDRAOPT_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_help_with_an_example(name):
     result = CliRunner().invoke(main, [name, "--help"])

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hydraopt.errors import TaskFileError
-from hydraopt.evaluation.evaluate import Evaluation
 from hydraopt.evaluation.gates import GateReport, GateRules, TaskRules, judge
+from hydraopt.evaluation.result import Evaluation
 
 
 def score(value: float, task: str = "t", **changes: object) -> Evaluation:

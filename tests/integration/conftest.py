@@ -14,8 +14,8 @@ import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 import hydraopt
-from hydraopt.evaluation.evaluate import Evaluation
 from hydraopt.evaluation.gates import GateReport, GateRules
+from hydraopt.evaluation.result import Evaluation
 from infra.approvals import Trusted, approve
 from infra.bundle_store import upload_bundle
 from infra.evidence import write_evidence, write_gate_report

@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 from hydraopt.bundle import Bundle
-from hydraopt.evaluation.evaluate import Evaluation
 from hydraopt.evaluation.gates import GateRules
+from hydraopt.evaluation.result import Evaluation
 from infra.approvals import approve
 from infra.bundle_store import upload_bundle
 from infra.evidence import write_evidence, write_gate_report

@@ -12,8 +12,8 @@ import pytest
 
 from hydraopt.bundle.layout import SCHEMA, BaseModelEntry, FileEntry, Manifest, TaskEntry
 from hydraopt.errors import HydraoptError, RecordError, ServiceError
-from hydraopt.evaluation.evaluate import Evaluation
 from hydraopt.evaluation.gates import GateReport, GateRules, judge
+from hydraopt.evaluation.result import Evaluation
 from hydraopt.merging.recipe import Recipe
 from infra import mlflow_access
 from infra.adapter_registry import AdapterRegistry, model_name

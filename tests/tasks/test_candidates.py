@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("prefect")
 
-from hydraopt.evaluation.evaluate import Evaluation
+from hydraopt.evaluation.result import Evaluation
 from tasks.candidates import _is_stale
 
 

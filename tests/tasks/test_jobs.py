@@ -5,7 +5,7 @@ import pytest
 pytest.importorskip("prefect")
 
 from hydraopt.errors import TaskFileError
-from hydraopt.evaluation.evaluate import Evaluation
+from hydraopt.evaluation.result import Evaluation
 from hydraopt.evaluation.task_file import TaskFile
 from infra.adapter_store import AdapterVersion
 from tasks.jobs import Job, job_from_file, recorded_evaluation

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 from collections.abc import Iterator
-from urllib.parse import urlsplit
 
 from hydraopt.errors import ServiceError
+from infra.listening import check_listens
 from infra.settings import Settings
 
-_CONNECT_TIMEOUT_S = 5.0
 _QUIET = {
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
@@ -33,7 +31,7 @@ def connect(*, verbose: bool = False) -> Settings:
         ("MLflow", settings.mlflow_uri),
         ("Prefect", settings.prefect_api_url),
     ):
-        _check_answers(name, str(address))
+        check_listens(name, str(address))
     os.environ.update(settings.environment())
     if not verbose:
         for name, value in _QUIET.items():
@@ -57,18 +55,3 @@ def prefect_may_fail(settings: Settings) -> Iterator[None]:
             f"Prefect at {settings.prefect_api_url} stopped answering ({type(error).__name__}): see its log, "
             "start it with `hydraopt up` and run this again; what was done is kept"
         ) from error
-
-
-def _check_answers(name: str, address: str) -> None:
-    """Refuse an address where nothing listens. Not a web address (an SQLite registry): nothing to try."""
-    parts = urlsplit(address)
-    if parts.scheme not in {"http", "https"} or parts.hostname is None:
-        return
-    port = parts.port or (443 if parts.scheme == "https" else 80)
-    try:
-        socket.create_connection((parts.hostname, port), timeout=_CONNECT_TIMEOUT_S).close()
-    except OSError as error:
-        raise ServiceError(
-            f"{name} does not answer at {address} ({error.strerror or error}): "
-            "start it with `hydraopt up`, or correct its address"
-        ) from None

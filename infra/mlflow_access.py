@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import os
 import random
-import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
@@ -21,6 +19,7 @@ from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 
 from hydraopt.errors import ServiceError
+from infra.listening import check_listens
 from infra.settings import Settings
 
 __all__ = [
@@ -40,7 +39,6 @@ EXISTS = "RESOURCE_ALREADY_EXISTS"
 ABSENT = "RESOURCE_DOES_NOT_EXIST"
 
 _PAGE = 200
-_CONNECT_TIMEOUT_S = 5.0
 _MOST_SECONDS = 10.0
 _RACES = 6
 _Result = TypeVar("_Result")
@@ -61,7 +59,7 @@ def client(settings: Settings) -> MlflowClient:
     )
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
-    _check_listens(address)
+    check_listens("MLflow", address)
     return MlflowClient(tracking_uri=address, registry_uri=address)
 
 
@@ -111,18 +109,3 @@ def every(fetch: Callable[[int, str | None], Any]) -> Iterator[Any]:
         token = page.token
         if not token:
             return
-
-
-def _check_listens(address: str) -> None:
-    """Fail in seconds if nothing listens; an address that is no web address is a database and is not tried."""
-    parts = urlsplit(address)
-    if parts.scheme not in {"http", "https"} or parts.hostname is None:
-        return
-    port = parts.port or (443 if parts.scheme == "https" else 80)
-    try:
-        socket.create_connection((parts.hostname, port), timeout=_CONNECT_TIMEOUT_S).close()
-    except OSError as error:
-        raise ServiceError(
-            f"MLflow at {address} does not answer ({error.strerror or error}): "
-            "start it with `hydraopt up`, or check HYDRAOPT_MLFLOW_URI"
-        ) from None

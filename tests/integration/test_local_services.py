@@ -217,6 +217,16 @@ def test_a_server_elsewhere_is_not_started(store_only):
     assert not (store_only / "mlflow.db").exists()
 
 
+def test_the_store_logs_below_the_home_alone(store_only, tmp_path, monkeypatch):
+    """By itself it fills the folder for temporary files, where nobody looks and nobody clears up."""
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    log = up(store_only, runner=False)["store"].log
+    assert "volume" in log.read_text()
+    assert [path.name for path in temporary.iterdir() if ".log." in path.name] == []
+
+
 def test_a_taken_port_is_passed_over_and_then_kept(store_only):
     first = up(store_only, runner=False)["store"]
     down(store_only)

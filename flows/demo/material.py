@@ -74,8 +74,9 @@ def train_elsewhere(settings: Settings, task_file: Path, progress: Any) -> Path:
     return out
 
 
-def task_to_update(pipeline: list[Path]) -> Path:
-    """The task file whose adapter the demo updates."""
+def task_to_update() -> Path:
+    """The task file whose adapter the demo updates, whichever process trained it first."""
+    pipeline, _ = task_files()
     return next((path for path in pipeline if path.stem == _UPDATED), pipeline[0])
 
 

@@ -111,7 +111,7 @@ class _Story:
         self._pull(check=first)
         self._reconcile("Reconcile again: nothing changed")
 
-        self._update(material.updated_task_file(self.settings, material.task_to_update(pipeline)))
+        self._update(material.updated_task_file(self.settings, material.task_to_update()))
         updated = self._bring_up_to_date("Reconcile notices the one new adapter")
         version_2 = self._release(updated)
         self._pull(check=None)

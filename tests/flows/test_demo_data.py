@@ -7,6 +7,9 @@ import pytest
 
 from hydraopt.evaluation.task_file import TaskFile
 
+pytest.importorskip("prefect")
+from flows.demo import material
+
 DEMO = Path(__file__).parents[2] / "flows" / "demo"
 TASK_FILES = sorted((DEMO / "tasks").glob("*.yaml"))
 SPLITS = {"train": 200, "test": 100}  # fewer rows would make accuracy a matter of luck
@@ -33,6 +36,11 @@ def test_normalising_ignores_case_punctuation_and_spaces():
         == normalised("is flight-882 on time")
         == "is flight 882 on time"
     )
+
+
+def test_the_update_is_made_to_the_task_that_is_meant():
+    """A name that no task file has would silently update another task."""
+    assert material.task_to_update().stem == material._UPDATED
 
 
 def test_there_are_at_least_six_tasks_and_no_orphaned_data():

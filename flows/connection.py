@@ -10,6 +10,7 @@ from hydraopt.errors import ServiceError
 from infra.listening import check_listens
 from infra.settings import Settings
 
+_DELIVERY_S = 10.0
 _QUIET = {
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
@@ -40,11 +41,11 @@ def connect(*, verbose: bool = False) -> Settings:
 
 
 @contextlib.contextmanager
-def prefect_may_fail(settings: Settings) -> Iterator[None]:
-    """Turn a connection to Prefect that broke while a flow ran into an error that says so.
+def running_flows(settings: Settings) -> Iterator[None]:
+    """Run flows inside. When it is left, Prefect has what they logged, and its server may be stopped.
 
     Raises:
-        ServiceError: Instead of what Prefect's client raised.
+        ServiceError: If the connection to Prefect broke, instead of what its client raised.
     """
     import httpx
 
@@ -55,3 +56,17 @@ def prefect_may_fail(settings: Settings) -> Iterator[None]:
             f"Prefect at {settings.prefect_api_url} stopped answering ({type(error).__name__}): see its log, "
             "start it with `hydraopt up` and run this again; what was done is kept"
         ) from error
+    finally:
+        _deliver()
+
+
+def _deliver() -> None:
+    """Have Prefect's clients send the log lines and events they hold back for seconds, to send many at once.
+
+    Left to the end of the process they would find no server, and try for more than a minute.
+    """
+    from prefect.events.worker import EventsWorker
+    from prefect.logging.handlers import APILogWorker
+
+    for worker in (APILogWorker, EventsWorker):
+        worker.drain_all(timeout=_DELIVERY_S)

@@ -295,13 +295,13 @@ def keygen(output: Output, who: str, key: Path) -> dict[str, Any]:
 @contextlib.contextmanager
 def _connected(output: Output) -> Iterator[Settings]:
     """Servers that answer, and tasks that report to this command's progress."""
-    from flows.connection import connect, prefect_may_fail
+    from flows.connection import connect, running_flows
 
     settings = connect(verbose=output.verbose)
 
     from tasks.verb import reporting
 
-    with prefect_may_fail(settings), output.progress() as progress, reporting(progress):
+    with running_flows(settings), output.progress() as progress, reporting(progress):
         yield settings
 
 

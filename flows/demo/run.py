@@ -38,11 +38,11 @@ def run_demo(output: Output, *, keep: bool) -> dict[str, Any]:
         SecondProcess.started(Settings.load(), elsewhere, pipeline[mine:]) as second,
         _services(output, home, keep=keep),
     ):
-        from flows.connection import connect, prefect_may_fail
+        from flows.connection import connect, running_flows
 
         settings = connect(verbose=output.verbose)
         second.servers_are_up()
-        with prefect_may_fail(settings):
+        with running_flows(settings):
             result = _Story(output, settings, started).tell(pipeline[:mine], elsewhere, second)
         pages = {"prefect": str(settings.prefect_api_url).removesuffix("/api"), "mlflow": settings.mlflow_uri}
     output.show()

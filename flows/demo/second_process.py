@@ -141,14 +141,14 @@ def _work(
         train_elsewhere(settings, task_file, tell.progress)
     up.wait()
 
-    from flows.connection import connect
+    from flows.connection import connect, running_flows
 
-    connect()
+    connected = connect()
     from flows.finetune_task import finetune_task
     from tasks.verb import reporting
 
-    for task_file in pipeline:
-        with reporting(tell.progress):
+    with running_flows(connected), reporting(tell.progress):
+        for task_file in pipeline:
             tell(result=finetune_task(task_file))
 
 

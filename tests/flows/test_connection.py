@@ -8,7 +8,7 @@ pytest.importorskip("prefect")
 
 import httpx
 
-from flows.connection import connect, prefect_may_fail
+from flows.connection import connect, running_flows
 from hydraopt.errors import ServiceError
 from infra.settings import Settings
 
@@ -48,5 +48,5 @@ def test_services_that_never_ran_say_how_to_start_them(variables):
 
 def test_prefect_lost_half_way_is_a_service_error(variables):
     settings = Settings.load()
-    with pytest.raises(ServiceError, match="stopped answering"), prefect_may_fail(settings):
+    with pytest.raises(ServiceError, match="stopped answering"), running_flows(settings):
         raise httpx.ConnectError("[Errno 111] Connection refused")

@@ -184,19 +184,36 @@ def test_a_candidate_waits_for_a_signature(registered, candidate):
     assert found["storage_ratio"] <= 0.8
 
 
+def ask_prefect(home: Path, path: str, body: dict[str, Any]) -> Any:
+    """What Prefect's server answers."""
+    address = f"{Settings.load(home).prefect_api_url}/{path}"
+    request = urllib.request.Request(address, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=20) as answer:
+        return json.load(answer)
+
+
+def test_a_command_leaves_no_unsent_log_behind(registered, candidate):
+    """The server may be stopped as soon as the command is done; the last line of its flow is there by then."""
+    registered.good(["reconcile"])
+    (run,) = ask_prefect(
+        registered.home,
+        "flow_runs/filter",
+        {
+            "flows": {"name": {"any_": ["reconcile"]}},
+            "flow_runs": {"deployment_id": {"is_null_": True}, "state": {"type": {"any_": ["COMPLETED"]}}},
+            "sort": "START_TIME_DESC",
+            "limit": 1,
+        },
+    )
+    logs = ask_prefect(registered.home, "logs/filter", {"logs": {"flow_run_id": {"any_": [run["id"]]}}})
+    assert any("Finished in state Completed()" in line["message"] for line in logs), logs
+
+
 def test_the_schedule_of_reconcile_is_kept(registered, candidate):
     """Prefect plans its next runs; a server that cannot write them leaves the schedule dead without a word."""
-    settings = Settings.load(registered.home)
-    body = json.dumps({"flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}}).encode()
+    wanted = {"flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}}
     end = time.monotonic() + 90
-    while True:
-        request = urllib.request.Request(
-            f"{settings.prefect_api_url}/flow_runs/filter", body, {"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request, timeout=20) as answer:
-            planned = [run for run in json.load(answer) if run["auto_scheduled"]]
-        if planned:
-            break
+    while not any(run["auto_scheduled"] for run in ask_prefect(registered.home, "flow_runs/filter", wanted)):
         assert time.monotonic() < end, "no run of reconcile is planned: see the log of Prefect's server"
         time.sleep(1)
 

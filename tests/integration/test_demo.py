@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -15,6 +16,8 @@ import psutil
 import pytest
 
 from infra import local_services
+from infra.local_services import processes
+from infra.local_services.definitions import SERVICES
 from infra.object_store import ObjectStore
 from infra.settings import Settings
 
@@ -47,10 +50,11 @@ class Demo:
             stdout=subprocess.PIPE,
             stderr=self.errors.open("w"),
             text=True,
+            start_new_session=True,  # a process group of its own, its second process included
         )
 
-    def kill_after(self, line: str, delay_s: float, *, runner: bool = False) -> None:
-        """Start it, and kill it ``delay_s`` after it said ``line``; with ``runner`` what runs the flows, too."""
+    def kill_after(self, line: str, delay_s: float, *, services: bool = True) -> None:
+        """Start it, and kill it ``delay_s`` after it said ``line``; with ``services`` every server as well."""
         child = self.start()
         end = time.monotonic() + 300
         while line not in self.errors.read_text():
@@ -58,19 +62,32 @@ class Demo:
             assert time.monotonic() < end, self.errors.read_text()[-4000:]
             time.sleep(0.1)
         time.sleep(delay_s)
-        child.kill()
-        child.wait()
-        if runner:
-            top = psutil.Process(local_services.status(self.home)["runner"].pid)
-            for process in [*top.children(recursive=True), top]:
+        os.killpg(child.pid, signal.SIGKILL)
+        while services and (alive := self.of_services()):  # again: one may just have started another
+            for process in alive:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
+        child.wait()
 
-    def finish(self) -> dict:
-        child = self.start("--keep")
+    def of_services(self) -> set[psutil.Process]:
+        """Every process of the store, MLflow, Prefect and the runner, with what the runner started."""
+        return {process for name in SERVICES for process in processes.family(processes.mark(self.home, name))}
+
+    def finish(self, *options: str) -> dict:
+        child = self.start(*options)
         out, _ = child.communicate(timeout=500)
         assert child.returncode == 0, self.errors.read_text()[-4000:]
         return json.loads(out)
+
+    def made(self) -> dict[str, int]:
+        """When each trained and merged file was written: what changes here was done again."""
+        folders = [self.home / "work" / name for name in ("trained", "merged")]
+        return {
+            str(path): path.stat().st_mtime_ns
+            for folder in folders
+            for path in folder.rglob("*")
+            if path.is_file()
+        }
 
 
 @pytest.fixture(scope="module")
@@ -86,22 +103,30 @@ def demo(tmp_path_factory):
 
 
 def test_a_killed_demo_goes_on_and_publishes_nothing_twice(demo):
-    """Killed while it trains, merges (with the runner), and publishes."""
+    """Killed while it trains, first alone and then with every server, while it merges, and while it publishes."""
     seed = random.SystemRandom().randrange(10_000)
     print(f"delays drawn with seed {seed}")
     draw = random.Random(seed)
+    demo.kill_after("Fine-tune adapters", draw.uniform(0, 10), services=False)
     demo.kill_after("Fine-tune adapters", draw.uniform(0, 10))
-    demo.kill_after("Reconcile notices the new", draw.uniform(0, 10), runner=True)
+    demo.kill_after("Reconcile notices the new", draw.uniform(0, 10))
     demo.kill_after("publishes", draw.uniform(0, 2))
 
-    first, second = demo.finish(), demo.finish()
+    first = demo.finish()
+    told = demo.errors.read_text()
+    assert not demo.of_services(), "the demo leaves its servers running"
+    made = demo.made()
+    second = demo.finish("--keep")
 
     print(f"finished in {first['seconds']} s, again in {second['seconds']} s")
+    assert "Stopping the services" in told
+    assert "Error logging" not in told
+    assert "attempts failed" not in told
+    assert demo.made() == made, "what did not change was trained or merged again"
     assert first["live_version"] == second["live_version"] == 1
     assert set(first["versions"]) == {"1", "2"}
     assert len(set(first["versions"].values())) == 2
     assert first["versions"] == second["versions"]
-    assert second["seconds"] < first["seconds"]
     store = ObjectStore(Settings.load(demo.home))
     assert list(store.keys("bundles/demo/versions/")) == [
         "bundles/demo/versions/000001.json",

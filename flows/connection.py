@@ -33,7 +33,7 @@ def connect(*, verbose: bool = False) -> Settings:
         ("Prefect", settings.prefect_api_url),
     ):
         check_listens(name, str(address))
-    os.environ.update(settings.environment())
+    os.environ.update(settings.environment() | settings.passwords())
     if not verbose:
         for name, value in _QUIET.items():
             os.environ.setdefault(name, value)

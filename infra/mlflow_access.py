@@ -59,6 +59,7 @@ def client(settings: Settings) -> MlflowClient:
     )
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
+    os.environ.update(settings.passwords())  # MLflow's client reads them there, at every request
     check_listens("MLflow", address)
     return MlflowClient(tracking_uri=address, registry_uri=address)
 

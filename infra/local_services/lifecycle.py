@@ -11,7 +11,9 @@ from filelock import FileLock, Timeout
 
 from hydraopt.errors import ServiceError
 from infra.local_services import health, processes
-from infra.local_services.definitions import SERVICES, define
+from infra.local_services.definitions import define
+from infra.local_services.profiles import EXECUTORS, SERVICES, Profile
+from infra.local_services.role_files import write_role_files
 from infra.local_services.startup import (
     START_TIMEOUT_S,
     STOP_GRACE_S,
@@ -31,6 +33,7 @@ _VARIABLE = {"store": "S3_ENDPOINT", "mlflow": "MLFLOW_URI", "prefect": "PREFECT
 def up(
     home: Path,
     *,
+    profile: Profile | None = None,
     runner: bool = True,
     progress: Progress | None = None,
     timeout_s: float = START_TIMEOUT_S,
@@ -41,17 +44,24 @@ def up(
 
     Args:
         home: Folder of all state, made if missing.
-        runner: Whether to start the process that executes flows, too.
+        profile: Which servers; None: those the home has, at first "local".
+        runner: Whether to start what executes flows, too.
         progress: Told whenever a service is ready.
         timeout_s: Seconds one service may take to become healthy.
 
     Raises:
+        HydraoptError: If the home has the other profile.
         ServiceError: If a service does not become healthy; names its log. The others stay as they are.
     """
     home = _prepare(home)
-    wanted = [name for name in SERVICES if (runner or name != "runner") and not _elsewhere(name)]
     with _locked(home):
+        chosen = Records.read(home).choose(home, profile).profile
+        wanted = [
+            name for name in SERVICES[chosen] if (runner or name not in EXECUTORS) and not _elsewhere(name)
+        ]
         Startup(home, wanted, progress or _silent, timeout_s).run()
+        if chosen == "production":
+            write_role_files(Settings.load(home))
     return status(home)
 
 
@@ -70,10 +80,11 @@ def down(home: Path, *, progress: Progress | None = None, grace_s: float = STOP_
     tell = progress or _silent
     with _locked(home):
         records = Records.read(home)
-        for done, name in enumerate(reversed(SERVICES)):  # the runner first: it uses the others
-            tell(done, len(SERVICES), f"stop {name}")
+        names = SERVICES[records.profile]
+        for done, name in enumerate(reversed(names)):  # executors first: they use the others
+            tell(done, len(names), f"stop {name}")
             records = stop_service(home, records, name, grace_s)
-        tell(len(SERVICES), len(SERVICES), "all stopped")
+        tell(len(names), len(names), "all stopped")
     return status(home)
 
 
@@ -83,13 +94,13 @@ def status(home: Path) -> ServiceStatus:
     records = Records.read(home)
     settings = Settings.load(home)
     states = []
-    for name in SERVICES:
+    for name in SERVICES[records.profile]:
         address = _address(settings, name)
         if _elsewhere(name) and address is not None:
             states.append(_state_elsewhere(name, address))
         else:
             states.append(_state(settings, records, name))
-    return ServiceStatus(home=home, services=tuple(states))
+    return ServiceStatus(home=home, profile=records.profile, services=tuple(states))
 
 
 def _state(settings: Settings, records: Records, name: str) -> ServiceState:
@@ -102,7 +113,7 @@ def _state(settings: Settings, records: Records, name: str) -> ServiceState:
         )
     else:
         try:
-            define(settings.home, name, record.ports).check(record.started or 0.0)
+            define(settings.home, records, name, record.ports).check(record.started or 0.0)
         except (health.UnhealthyError, ServiceError) as error:
             problem = str(error)
     return ServiceState(

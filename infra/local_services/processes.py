@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
+
+from infra.local_services.database import User
 
 MARK = "SERVICE_OF_HYDRAOPT"
 """Variable that a service and all its descendants carry: how leftovers of a killed one are recognised."""
@@ -25,7 +29,12 @@ def mark(home: Path, name: str) -> str:
 
 
 def start(
-    command: Sequence[str], *, environment: Mapping[str, str], folder: Path, log: Path
+    command: Sequence[str],
+    *,
+    environment: Mapping[str, str],
+    folder: Path,
+    log: Path,
+    user: User | None = None,
 ) -> tuple[int, float]:
     """Start ``command`` in a session of its own, so that closing the terminal does not reach it.
 
@@ -34,10 +43,14 @@ def start(
         environment: All its variables.
         folder: Its working directory.
         log: File to append its output to.
+        user: Account to run as; None: ours.
 
     Returns:
         Its process number, and when it began in seconds since 1970.
     """
+    account: dict[str, Any] = (
+        {} if user is None else {"user": user.uid, "group": user.gid, "extra_groups": []}
+    )
     with log.open("ab") as output:
         process = subprocess.Popen(
             command,
@@ -47,6 +60,7 @@ def start(
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            **account,
         )
     # Somebody has to collect the exit status while we live, or a dead service would look like a live one.
     threading.Thread(target=process.wait, name=f"reap {process.pid}", daemon=True).start()
@@ -78,8 +92,10 @@ def family(value: str) -> set[psutil.Process]:
     return found
 
 
-def stop(leader: psutil.Process | None, value: str, *, grace_s: float) -> bool:
-    """Stop a service and all it started: SIGTERM, and SIGKILL for what is left after ``grace_s`` seconds.
+def stop(
+    leader: psutil.Process | None, value: str, *, grace_s: float, ask: signal.Signals = signal.SIGTERM
+) -> bool:
+    """Stop a service and all it started: the signal ``ask``, and SIGKILL for what is left after ``grace_s`` seconds.
 
     psutil compares start times before each signal, so a process that took over a number is never hit.
 
@@ -87,6 +103,7 @@ def stop(leader: psutil.Process | None, value: str, *, grace_s: float) -> bool:
         leader: Its first process if that lives; it alone is asked, so that it can stop its own children in order.
         value: The mark its processes carry.
         grace_s: Seconds it may take to stop by itself.
+        ask: What asks it to stop.
 
     Returns:
         Whether nothing of it is left.
@@ -95,19 +112,19 @@ def stop(leader: psutil.Process | None, value: str, *, grace_s: float) -> bool:
     if leader is not None:
         with contextlib.suppress(psutil.Error):
             everyone |= {leader, *leader.children(recursive=True)}
-    _signal([leader] if leader is not None else everyone, kill=False)
+    _signal([leader] if leader is not None else everyone, ask)
     if _gone(everyone, grace_s):
         everyone = family(value)  # what it started while stopping
     else:
         everyone |= family(value)
-    _signal(everyone, kill=True)
+    _signal(everyone, signal.SIGKILL)
     return _gone(everyone, 5.0)
 
 
-def _signal(processes: Iterable[psutil.Process], *, kill: bool) -> None:
+def _signal(processes: Iterable[psutil.Process], which: signal.Signals) -> None:
     for process in processes:
         with contextlib.suppress(psutil.Error):
-            process.kill() if kill else process.terminate()
+            process.send_signal(which)
 
 
 def _gone(processes: Iterable[psutil.Process], timeout_s: float) -> bool:

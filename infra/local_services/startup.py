@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from hydraopt.errors import ServiceError
 from infra.local_services import health, ports, processes
-from infra.local_services.definitions import PREFERRED_PORTS, SERVICES, Definition, define
+from infra.local_services.definition import Definition
+from infra.local_services.definitions import define
+from infra.local_services.profiles import EXECUTORS, PREFERRED_PORTS, SERVICES, may_start
 from infra.local_services.state import Record, Records
 
 Progress = Callable[[int, int, str], None]
@@ -36,6 +39,7 @@ class Startup:
         self.running: dict[str, Definition] = {}
         self.deadlines: dict[str, float] = {}
         self.attempts: dict[str, int] = {}
+        self.provisioned: set[str] = set()
 
     def run(self) -> None:
         """Start what can be started, then look at each until all are healthy."""
@@ -52,19 +56,25 @@ class Startup:
     def _note_ready(self, name: str) -> None:
         self.waiting.remove(name)
         self._tell(f"{name} is ready")
-        if self.waiting == ["runner"]:
-            # Its time begins now; and a server that lost its port meanwhile has another address.
-            self._ensure("runner")
+        if name not in EXECUTORS and self._only_executors_wait():
+            # Their time begins now; and a server that lost its port meanwhile has another address.
+            for executor in self.waiting:
+                self._ensure(executor)
+
+    def _only_executors_wait(self) -> bool:
+        return EXECUTORS.issuperset(self.waiting)
 
     def _may_start(self, name: str) -> bool:
-        """The runner must know where the servers are; it loads its libraries and then waits for them itself."""
-        return name != "runner" or all(other in self.running for other in self.waiting if other != name)
+        """Whether what it needs is there. An executor loads its libraries and then waits for the servers itself."""
+        profile = self.records.profile
+        ready = set(SERVICES[profile]) - set(self.waiting)
+        return may_start(profile, name, running=set(self.running), ready=ready)
 
     def _ensure(self, name: str) -> None:
         """Leave a living process that runs with what we want alone; replace anything else."""
         record = self.records.get(name)
         if processes.find(record.pid, record.started) is not None:
-            definition = define(self.home, name, record.ports)
+            definition = define(self.home, self.records, name, record.ports)
             if definition.digest == record.definition:
                 self._watch(definition)
                 return
@@ -73,13 +83,15 @@ class Startup:
 
     def _start(self, name: str) -> None:
         chosen = self._ports(name)
-        definition = define(self.home, name, chosen)
+        definition = define(self.home, self.records, name, chosen)
+        definition.prepare()
         self.attempts[name] = self.attempts.get(name, 0) + 1
         pid, started = processes.start(
             definition.command,
             environment=definition.environment,
-            folder=self.home,
+            folder=definition.folder or self.home,
             log=_fresh_log(self.home, name),
+            user=definition.user,
         )
         record = Record(
             address=definition.address, ports=chosen, pid=pid, started=started, definition=definition.digest
@@ -94,7 +106,10 @@ class Startup:
     def _ports(self, name: str) -> dict[str, int]:
         """The recorded ports if they are all free, else the next free ones."""
         taken = {
-            port for other in SERVICES if other != name for port in self.records.get(other).ports.values()
+            port
+            for other, record in self.records.services.items()
+            if other != name
+            for port in record.ports.values()
         }
         recorded = self.records.get(name).ports
         preferred = recorded if recorded.keys() == PREFERRED_PORTS[name].keys() else PREFERRED_PORTS[name]
@@ -106,13 +121,16 @@ class Startup:
         Raises:
             ServiceError: If it ended, or its time is over.
         """
-        if name == "runner" and self.waiting != [name]:
+        if name in EXECUTORS and not self._only_executors_wait():
             return False
         record = self.records.get(name)
         if processes.find(record.pid, record.started) is None:
             self._start_again(name)
             return False
         try:
+            if name not in self.provisioned:
+                self.running[name].provision()
+                self.provisioned.add(name)
             self.running[name].check(record.started or 0.0)
         except health.UnhealthyError as error:
             if time.monotonic() > self.deadlines[name]:
@@ -148,7 +166,9 @@ def stop_service(home: Path, records: Records, name: str, grace_s: float) -> Rec
     """
     record = records.get(name)
     leader = processes.find(record.pid, record.started)
-    if not processes.stop(leader, processes.mark(home, name), grace_s=grace_s):
+    # PostgreSQL takes SIGTERM as a wish to wait until every client has gone.
+    ask = signal.SIGINT if name == "postgres" else signal.SIGTERM
+    if not processes.stop(leader, processes.mark(home, name), grace_s=grace_s, ask=ask):
         raise ServiceError(f"{name} (process {record.pid}) does not end, not even by SIGKILL")
     return records if record == record.stopped() else records.put(home, name, record.stopped())
 

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hydraopt.errors import HydraoptError
 from infra.atomic_files import write_atomically
+from infra.local_services.profiles import Profile
 from infra.settings import SERVICES_FILE
 
 
@@ -33,6 +34,7 @@ class Records(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     version: int = Field(1, ge=1, le=1)
+    profile: Profile = Field("local", description="Chosen by the first `up`; a home keeps it.")
     services: dict[str, Record] = Field(default_factory=dict)
 
     @classmethod
@@ -58,9 +60,28 @@ class Records(BaseModel):
 
     def put(self, home: Path, name: str, record: Record) -> Records:
         """Write ``record`` atomically; returns what is now recorded."""
-        updated = Records(services={**self.services, name: record})
-        write_atomically(home / SERVICES_FILE, updated.model_dump_json(indent=2).encode())
-        return updated
+        return _kept(home, self.model_copy(update={"services": {**self.services, name: record}}))
+
+    def choose(self, home: Path, profile: Profile | None) -> Records:
+        """These records with ``profile``, or with what the home has if that is None; written down.
+
+        Raises:
+            HydraoptError: If services of the other profile were started here: their data is elsewhere.
+        """
+        if profile is None or profile == self.profile:
+            return self
+        if self.services:
+            raise HydraoptError(
+                f"home {home} has the profile {self.profile!r}: its data is not found by {profile!r}; "
+                "set HYDRAOPT_HOME to another folder"
+            )
+        return _kept(home, self.model_copy(update={"profile": profile}))
+
+
+def _kept(home: Path, records: Records) -> Records:
+    """Write atomically; returns what was written."""
+    write_atomically(home / SERVICES_FILE, records.model_dump_json(indent=2).encode())
+    return records
 
 
 class ServiceState(BaseModel):
@@ -69,7 +90,7 @@ class ServiceState(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
-    address: str | None = Field(None, description="Where it listens; the runner listens nowhere.")
+    address: str | None = Field(None, description="Where it listens; an executor listens nowhere.")
     running: bool = Field(
         description="Whether its process lives; for a server elsewhere: whether it answers."
     )
@@ -88,6 +109,7 @@ class ServiceStatus(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     home: Path
+    profile: Profile = "local"
     services: tuple[ServiceState, ...]
 
     @property

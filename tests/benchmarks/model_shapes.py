@@ -25,6 +25,15 @@ SHAPES = {
             "mlp.down_proj": (2048, 8192),
         },
     ),
+    "llama-3.2-1b-four": (  # one module of each kind of shape above
+        1,
+        {
+            "self_attn.q_proj": (2048, 2048),
+            "self_attn.v_proj": (512, 2048),
+            "mlp.up_proj": (8192, 2048),
+            "mlp.down_proj": (2048, 8192),
+        },
+    ),
     "llama-3.1-8b": (
         32,
         {

@@ -82,7 +82,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--peft-count", type=int, default=8, help="adapters PEFT gets")
     parser.add_argument("--steps", type=int, default=1000, help="most steps of a fit")
     parser.add_argument(
-        "--seconds", type=float, default=12.0, help="most seconds of a fit: per module and rate"
+        "--seconds", type=float, default=30.0, help="most seconds of a fit: per module and rate"
     )
     parser.add_argument("--learning-rate", type=float, action="append", help="default: 0.03 and 0.1")
     parser.add_argument("--runs", type=int, default=5, help="of hydraopt.merge; the median counts")
@@ -185,7 +185,14 @@ def gradient_table(
         count = f"{steps}" if arrived else f"> {steps}"
         errors = (f"{optima[name]:.4f}", f"{fitted.errors[-1]:.4f}")
         table.add_row(
-            name, _size(own), *errors, f"{rate}", count, f"{row[0]:.2f}", f"{step_s:.2f}", f"{row[1]:.0f}"
+            _short(name),
+            _size(own),
+            *errors,
+            f"{rate}",
+            count,
+            f"{row[0]:.2f}",
+            f"{step_s:.2f}",
+            f"{row[1]:.0f}",
         )
     table.add_row("all four", "", "", "", "", "", f"{sums[0]:.2f}", "", f"{sums[1]:.0f}", end_section=True)
     table.add_row("closed form", "", "", "", "", "", f"{closed_s:.3f}", "", f"{closed_s:.3f}")

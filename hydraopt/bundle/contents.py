@@ -6,7 +6,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -19,17 +19,21 @@ from torch import Tensor
 from hydraopt.adapters.tensor_file import TensorFile
 from hydraopt.bundle.layout import (
     FACTORS_TENSOR,
+    FAMILIES,
     MANIFEST_FILE,
     SCHEMA,
     SHARED_FILE,
     SHARED_TENSOR,
+    Block,
+    Counts,
     FileEntry,
     Manifest,
     ModuleEntry,
-    head_shapes,
-    shared_shapes,
+    head_blocks,
+    shared_blocks,
     task_file,
 )
+from hydraopt.precision import PRECISIONS, decode, vector_bytes
 from hydraopt.errors import BundleError, HydraoptError
 from hydraopt.names import check_task_name
 
@@ -45,8 +49,8 @@ _DIGITS_SLACK = 24  # a header gives the length and offsets of the factors in de
 class BundleContents:
     """The numbers of a bundle.
 
-    ``shared`` and each of ``heads`` are flat tensors in the stored dtype; ``extras`` are whole-layer tensors by
-    their name in the adapter.
+    ``shared`` and each of ``heads`` are flat tensors of bytes, see :mod:`hydraopt.bundle.layout`; ``extras`` are
+    whole-layer tensors by their name in the adapter.
     """
 
     shared: Tensor
@@ -71,7 +75,7 @@ def describe(data: bytes) -> FileEntry:
 
 def container_bytes(extras: Mapping[str, Mapping[str, Tensor]]) -> int:
     """An upper bound of the bytes of all tensor files without their factors."""
-    empty = torch.empty(0, dtype=torch.bfloat16)
+    empty = torch.empty(0, dtype=torch.uint8)
     files = [{SHARED_TENSOR: empty}] + [{FACTORS_TENSOR: empty, **tensors} for tensors in extras.values()]
     return sum(len(safetensors.torch.save(dict(tensors))) + _DIGITS_SLACK for tensors in files)
 
@@ -109,35 +113,47 @@ class Bundle:
         """Root mean square over the tasks of |dW - merged| / |dW|."""
         return self.manifest.relative_error
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Float dtype of what is stored in 16 or 32 bits, and of exports."""
+        dtype: torch.dtype = getattr(torch, self.manifest.recipe.dtype)
+        return dtype
+
     def factors(self, task: str) -> dict[str, tuple[Tensor, ...]]:
-        """What the bundle stores of one task, per module.
+        """What the bundle stores of one task, per module, read back from its stored precision.
 
         Returns:
-            For family "separate" and dense heads ``(up, down)``, for low-rank heads ``(up, inner, shared)``: their
-            product, left to right, is the task's update (d_out, d_in) of the module. Views in the stored dtype;
-            ``shared`` is one tensor for all tasks. Modules the task does not update are left out.
+            Two or three matrices whose product, left to right, is the task's update (d_out, d_in) of the module. Parts
+            kept in 16 or 32 bits come in :attr:`dtype`, parts kept in fewer bits in float32. Modules the task does
+            not update are left out.
 
         Raises:
             BundleError: If there is no such task.
         """
         index = self._index(task)
-        shared = _split(self.contents.shared, [shared_shapes(module) for module in self.manifest.modules])
-        heads = _split(
-            self.contents.heads[task],
-            [head_shapes(module, module.ranks[index]) for module in self.manifest.modules],
-        )
-        return {
-            module.name: (*head, *common)
-            for module, head, common in zip(self.manifest.modules, heads, shared, strict=True)
-            if head
-        }
+        heads = _Reader(self.contents.heads[task], self.dtype)
+        shared = _Reader(self.contents.shared, self.dtype)
+        chains = {}
+        for module in self.manifest.modules:
+            common = shared.read_all(shared_blocks(module, self.manifest.precisions))
+            counts = module.heads[index]
+            if counts is None:
+                continue
+            own = heads.read_all(head_blocks(module, counts, self.manifest.precisions))
+            if module.groups:
+                own, common = common[1 + module.groups[index] :][:1], common[:1]
+            chains[module.name] = _chain(module, counts, own, common)
+        return chains
 
     def shared_rows(self) -> dict[str, Tensor]:
-        """A' (q, d_in) of every module that has one: the tensor all its heads multiply. Views, stored dtype."""
-        shared = _split(self.contents.shared, [shared_shapes(module) for module in self.manifest.modules])
-        return {
-            module.name: rows[0] for module, rows in zip(self.manifest.modules, shared, strict=True) if rows
-        }
+        """A' (q, d_in) of every module that has one, as read back: the last factor of every task's update."""
+        shared = _Reader(self.contents.shared, self.dtype)
+        rows = {}
+        for module in self.manifest.modules:
+            common = shared.read_all(shared_blocks(module, self.manifest.precisions))
+            if common and module.family != "shared-b":
+                rows[module.name] = common[0]
+        return rows
 
     def extras(self, task: str) -> dict[str, Tensor]:
         """Whole-layer tensors of one task by their PEFT names, exactly as its adapter had them."""
@@ -216,20 +232,31 @@ def verify(path: str | Path) -> Manifest:
     """
     path = Path(path)
     bundle = Bundle.load(path)
-    tensors = {SHARED_FILE: bundle.contents.shared}
-    for task in bundle.task_names:
-        tensors[task_file(task)] = bundle.contents.heads[task]
-        tensors |= {
-            f"{task_file(task)}:{name}": extra for name, extra in bundle.contents.extras[task].items()
-        }
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+    for name, tensor in _floats(bundle):
+        if not bool(torch.isfinite(tensor).all()):
             raise BundleError(f"{path}: {name} holds NaN or infinite values")
     known = {MANIFEST_FILE, *bundle.manifest.files()}
     found = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()}
     if stray := sorted(found - known):
         raise BundleError(f"{path}: {stray[0]!r} is not listed in the manifest; a bundle holds nothing else")
     return bundle.manifest
+
+
+def _floats(bundle: Bundle) -> Iterator[tuple[str, Tensor]]:
+    """Everything the bundle stores, as it reads back, with the file it is in."""
+    bits = bundle.manifest.precisions
+    shared = _Reader(bundle.contents.shared, bundle.dtype)
+    for module in bundle.manifest.modules:
+        for part in shared.read_all(shared_blocks(module, bits)):
+            yield f"{SHARED_FILE} (module {module.name!r})", part
+    for index, task in enumerate(bundle.task_names):
+        heads = _Reader(bundle.contents.heads[task], bundle.dtype)
+        for module in bundle.manifest.modules:
+            for part in heads.read_all(head_blocks(module, module.heads[index], bits)):
+                yield f"{task_file(task)} (module {module.name!r})", part
+        for name, extra in bundle.contents.extras[task].items():
+            if extra.is_floating_point():
+                yield f"{task_file(task)}:{name}", extra
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -270,8 +297,10 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
         raise BundleError(
             f"{where}: the bytes are not the canonical form hydraopt writes; the file was changed"
         )
+    if unknown := sorted(set(manifest.precisions) - set(PRECISIONS)):
+        raise BundleError(f"{where}: precision of {unknown[0]} bits is not known. Update hydraopt.")
     for module in manifest.modules:
-        _check_module(where, module, len(manifest.tasks))
+        _check_module(where, module, manifest)
     return manifest
 
 
@@ -282,14 +311,27 @@ def _checked_name(task: str, where: str) -> None:
         raise BundleError(f"{where}: {reason}") from reason
 
 
-def _check_module(where: str, module: ModuleEntry, tasks: int) -> None:
-    if module.family not in {"shared-a", "separate"}:
+def _check_module(where: str, module: ModuleEntry, manifest: Manifest) -> None:
+    if module.family not in FAMILIES:
         raise BundleError(
             f"{where}: module {module.name!r} has the unknown family {module.family!r}. Update hydraopt."
         )
-    if len(module.ranks) != tasks or min(module.ranks, default=0) < -1 or min(module.shape) < 1:
+    tasks, parts = len(manifest.tasks), {"separate": 0, "two-sided": 2}.get(module.family, 1)
+    counts = [*module.shared, *(one for one in module.heads if one is not None)]
+    sound = (
+        len(module.heads) == tasks
+        and len(module.shared) == parts
+        and len(module.groups) in {0, tasks}
+        and min(module.shape) >= 1
+        and all(len(one) <= len(manifest.precisions) and min(one, default=0) >= 0 for one in counts)
+        and (module.family == "dense-heads" or not module.groups)
+        and all(-1 <= group < tasks for group in module.groups)
+        and {group for group in module.groups if group >= 0} == set(range(max(module.groups, default=-1) + 1))
+    )
+    if not sound:
         raise BundleError(
-            f"{where}: module {module.name!r} has shape {module.shape} and ranks {module.ranks} for {tasks} tasks"
+            f"{where}: module {module.name!r} has shape {module.shape}, shared counts {module.shared}, head counts "
+            f"{module.heads} and groups {module.groups}, which do not fit {module.family!r} with {tasks} tasks"
         )
 
 
@@ -314,30 +356,61 @@ def _take(tensors: dict[str, Tensor], name: str, file: Path) -> Tensor:
 
 
 def _check_sizes(path: Path, manifest: Manifest, contents: BundleContents) -> None:
-    dtype = getattr(torch, manifest.recipe.dtype)
-    shared = [shape for module in manifest.modules for shape in shared_shapes(module)]
+    bits = manifest.precisions
+    shared = sum(block.bytes for module in manifest.modules for block in shared_blocks(module, bits))
     wanted = {SHARED_FILE: (contents.shared, shared)}
     for index, task in enumerate(manifest.task_names):
-        shapes = [shape for module in manifest.modules for shape in head_shapes(module, module.ranks[index])]
-        wanted[task_file(task)] = (contents.heads[task], shapes)
-    for name, (tensor, shapes) in wanted.items():
-        numbers = sum(rows * columns for rows, columns in shapes)
-        if tensor.shape != (numbers,) or tensor.dtype != dtype:
+        blocks = [block for module in manifest.modules for block in head_blocks(module, module.heads[index], bits)]
+        wanted[task_file(task)] = (contents.heads[task], sum(block.bytes for block in blocks))
+    for name, (tensor, length) in wanted.items():
+        if tensor.shape != (length,) or tensor.dtype != torch.uint8:
             raise BundleError(
                 f"{path}: {name} holds {tensor.dtype} of shape {list(tensor.shape)}, but the manifest calls for "
-                f"{numbers} numbers of {dtype}"
+                f"{length} bytes"
             )
 
 
-def _split(flat: Tensor, shapes: list[list[tuple[int, int]]]) -> list[list[Tensor]]:
-    parts: list[list[Tensor]] = []
-    start = 0
-    for group in shapes:
-        parts.append([])
-        for rows, columns in group:
-            parts[-1].append(flat[start : start + rows * columns].view(rows, columns))
-            start += rows * columns
-    return parts
+class _Reader:
+    """Reads one block of vectors after the other from a flat tensor of bytes."""
+
+    def __init__(self, flat: Tensor, dtype: torch.dtype) -> None:
+        self.flat = flat
+        self.dtype = dtype
+        self.start = 0
+
+    def read_all(self, blocks: list[Block]) -> list[Tensor]:
+        """The vectors of each block, (count, length)."""
+        return [self._read(block) for block in blocks]
+
+    def _read(self, block: Block) -> Tensor:
+        parts = []
+        for count, bits in block.counts:
+            width = vector_bytes(block.length, bits)
+            data = self.flat[self.start : self.start + count * width].view(count, width)
+            parts.append(decode(data, block.length, bits, self.dtype))
+            self.start += count * width
+        if not parts:
+            return torch.empty(0, block.length, dtype=self.dtype)
+        if len({part.dtype for part in parts}) > 1:
+            parts = [part.float() for part in parts]
+        return torch.cat(parts)
+
+
+def _chain(module: ModuleEntry, counts: Counts, own: list[Tensor], common: list[Tensor]) -> tuple[Tensor, ...]:
+    """The stored vectors as matrices whose product is the update; see the table in ``layout``."""
+    d_out, d_in = module.shape
+    if not any(counts):
+        dtype = own[0].dtype if own else torch.float32
+        return torch.empty(d_out, 0, dtype=dtype), torch.empty(0, d_in, dtype=dtype)
+    if module.family == "separate":
+        return own[0].mT, own[1]
+    if module.family == "shared-a":
+        return own[0].mT, own[1], common[0]
+    if module.family == "shared-b":
+        return common[0].mT, own[1].mT, own[0]
+    if module.family == "two-sided":
+        return common[1].mT, own[0].float().mT @ own[1].float(), common[0]
+    return own[0].mT, common[0]
 
 
 def _write(file: Path, data: bytes) -> None:

@@ -73,7 +73,7 @@ def nonzero_factors(bundle: Bundle, task: str) -> dict[str, tuple[Tensor, ...]]:
     if kept:
         return kept
     module = bundle.manifest.modules[0]
-    dtype = bundle.contents.shared.dtype
+    dtype = bundle.dtype
     up, down = torch.zeros(module.shape[0], 1, dtype=dtype), torch.zeros(1, module.shape[1], dtype=dtype)
     return {module.name: (up, down)}
 
@@ -135,7 +135,7 @@ def _portable(bundle: Bundle, task: str) -> tuple[dict[str, Any], dict[str, Tens
     tensors = {}
     for module in bundle.manifest.modules:
         d_out, d_in = module.shape
-        dtype = bundle.contents.shared.dtype
+        dtype = bundle.dtype
         padded_up, padded_down = torch.zeros(d_out, rank, dtype=dtype), torch.zeros(rank, d_in, dtype=dtype)
         if module.name in factors:
             up, down = pair(factors[module.name])

@@ -2,25 +2,43 @@
 
 ``manifest.json`` (canonical JSON; its SHA-256 is the bundle id), ``shared.safetensors`` with what all tasks
 share, ``tasks/<task>.safetensors`` with one task's heads and whole-layer extras. The factors of a file stand one
-after the other in a single flat tensor, in the manifest's module order: hundreds of small named tensors would
-cost more bytes of header than some heads have.
+after the other in a single flat tensor of bytes, in the manifest's module order: hundreds of small named tensors
+would cost more bytes of header than some heads have. A factor is a stack of vectors along its long side, the most
+important first; how many of them are kept at which precision stands in the manifest as *counts*.
+
+====================  ======================================  ===========================================
+family                shared by all tasks                     per task, p directions
+====================  ======================================  ===========================================
+``separate``          nothing                                 ``U`` (p, d_out), ``V`` (p, d_in)
+``shared-a``          ``A'`` (q, d_in)                        ``U`` (p, d_out), ``C`` (p, q)
+``shared-b``          ``B'`` (q, d_out)                       ``V`` (p, d_in), ``C`` (p, q)
+``two-sided``         ``A'`` (q, d_in), ``B'`` (q', d_out)    ``X`` (p, q'), ``Y`` (p, q)
+``dense-heads``       ``A'`` (q, d_in), with ``groups`` also  ``H`` (q, d_out), one for a group of tasks
+                      the heads of all groups
+====================  ======================================  ===========================================
+
+An update is ``U^T V``, ``U^T C A'``, ``B'^T C^T V``, ``B'^T X^T Y A'`` or ``H^T A'``.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from hydraopt.precision import core_bits, vector_bytes
 from hydraopt.merging.recipe import Recipe
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST_FILE = "manifest.json"
 SHARED_FILE = "shared.safetensors"
 SHARED_TENSOR = "shared"
 FACTORS_TENSOR = "factors"
+FAMILIES = ("separate", "shared-a", "shared-b", "two-sided", "dense-heads")
 
 
 class _Part(BaseModel):
@@ -41,18 +59,23 @@ class BaseModelEntry(_Part):
     revision: str | None = None
 
 
-class ModuleEntry(_Part):
-    """One linear module: its size, its family and the ranks of its parts.
+Counts = tuple[int, ...]
+"""How many vectors at each of the manifest's precisions, finest first; zeros at the end are left out."""
 
-    ``ranks`` holds one head rank per task in the order of the manifest's sorted task names; -1 where the task does
-    not update the module. For the family "shared-a" a head rank equal to ``rank`` is a dense head.
-    """
+
+class ModuleEntry(_Part):
+    """One linear module: its size, its family and how many vectors of each part are kept, at which precision."""
 
     name: str
     shape: tuple[int, int]  # (d_out, d_in)
+    layer: str = "linear"
     family: str
-    rank: int = Field(ge=0, description="Rows of the shared A'.")
-    ranks: tuple[int, ...]
+    shared: tuple[Counts, ...] = Field((), description="Counts of A' and B', as the family has them.")
+    heads: tuple[Counts | None, ...] = Field(
+        description="Per sorted task: counts of its directions; None where it leaves the module alone. "
+        "For dense heads a single one stands at the precision of the whole head."
+    )
+    groups: tuple[int, ...] = Field((), description="Group of each task, -1 for none, where tasks share heads.")
 
 
 class TaskEntry(_Part):
@@ -74,6 +97,7 @@ class Manifest(_Part):
     base_model: BaseModelEntry
     recipe: Recipe
     solver: str
+    precisions: tuple[int, ...] = Field(description="Bits per number that counts refer to, finest first.")
     relative_error: float = Field(
         description="Root of the weighted mean squared relative error over the tasks."
     )
@@ -131,18 +155,60 @@ def task_file(task: str) -> str:
     return f"tasks/{task}.safetensors"
 
 
-def shared_shapes(module: ModuleEntry) -> list[tuple[int, int]]:
-    """Shapes of the module's shared parts, in storage order."""
-    return [(module.rank, module.shape[1])] if module.family == "shared-a" else []
+@dataclass(frozen=True)
+class Block:
+    """A stack of stored vectors of one length, by precision."""
+
+    length: int
+    counts: tuple[tuple[int, int], ...]  # (vectors, bits), finest first
+
+    @property
+    def vectors(self) -> int:
+        """How many vectors."""
+        return sum(count for count, _ in self.counts)
+
+    @property
+    def bytes(self) -> int:
+        """Stored bytes."""
+        return sum(count * vector_bytes(self.length, bits) for count, bits in self.counts)
 
 
-def head_shapes(module: ModuleEntry, rank: int) -> list[tuple[int, int]]:
-    """Shapes of one task's parts of the module, in storage order; none where ``rank`` is -1."""
+def shared_blocks(module: ModuleEntry, precisions: Sequence[int]) -> list[Block]:
+    """What the module stores for all tasks, in storage order."""
     d_out, d_in = module.shape
-    if rank < 0:
+    lengths = {"shared-b": (d_out,), "separate": ()}.get(module.family, (d_in, d_out))
+    blocks = [_block(length, counts, precisions) for length, counts in zip(lengths, module.shared, strict=False)]
+    if module.groups:
+        for group in range(max(module.groups) + 1):
+            blocks += _dense_head(module, module.heads[module.groups.index(group)], precisions)
+    return blocks
+
+
+def head_blocks(module: ModuleEntry, counts: Counts | None, precisions: Sequence[int]) -> list[Block]:
+    """What the module stores in the file of a task with these counts, in storage order."""
+    if counts is None or module.groups:
         return []
-    if module.family == "separate":
-        return [(d_out, rank), (rank, d_in)]
-    if rank == module.rank:
-        return [(d_out, rank)]
-    return [(d_out, rank), (rank, module.rank)]
+    d_out, d_in = module.shape
+    if module.family == "dense-heads":
+        return _dense_head(module, counts, precisions)
+    shared = [sum(part) for part in module.shared]
+    long, short = {
+        "separate": ((d_out, d_in), ()),
+        "shared-a": ((d_out,), shared),
+        "shared-b": ((d_in,), shared),
+        "two-sided": (shared[1:], shared[:1]),
+    }[module.family]
+    blocks = [_block(length, counts, precisions) for length in long]
+    return blocks + [_block(length, counts, [core_bits(bits) for bits in precisions]) for length in short]
+
+
+def _block(length: int, counts: Counts, precisions: Sequence[int]) -> Block:
+    kept = tuple((count, bits) for count, bits in zip(counts, precisions, strict=False) if count)
+    return Block(length, kept)
+
+
+def _dense_head(module: ModuleEntry, counts: Counts | None, precisions: Sequence[int]) -> list[Block]:
+    rank = sum(module.shared[0])
+    if counts is None or not any(counts):
+        return [Block(module.shape[0], ())]
+    return [Block(module.shape[0], ((rank, precisions[counts.index(1)]),))]

@@ -1,305 +1,268 @@
-"""One multiplier over all modules, tasks and families.
+"""One price of a byte over all modules, tasks and families.
 
-Minimise ``error + lambda * numbers``. For a given lambda every module decides alone: within an option a task
-keeps the directions whose energy exceeds ``lambda * numbers per direction`` (or stores its head dense where
-that is cheaper), and the module takes its cheapest option. Bisecting lambda meets a budget or an error bound;
-what the last step leaves over is spent on the best remaining directions. Solutions that are feasible by
-construction (``fixed`` below) are compared at the end, so adapting never loses to them.
+Minimise ``error + price * bytes``. For a given price every module decides alone, see :mod:`hydraopt.merging.option`, so
+a grid of prices traces the whole trade-off. A byte budget or an error bound is met by narrowing the grid around the
+price at which the total crosses it; what the last step leaves over is spent on the best remaining vectors.
+Solutions that are feasible by construction (``fixed`` below) are compared at the end, so adapting never loses to them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from hydraopt.errors import BudgetError
-from hydraopt.merging.problem import Floats, Ints, Option
+from hydraopt.merging.option import LEFT_OUT, Choice, Floats, Ints, Levels, Option, Part
 
-_BISECTIONS = 64
-_PRECISE = 1 + 1e-4  # of the multiplier; what is left over is spent afterwards
-_TINY = 1e-280
-_NEVER = 1e300  # numbers nobody pays for
-_CHEAPER = (1.0, 0.6, 0.3)  # multipliers at which leftovers are offered, relative to the last infeasible one
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What one module stores: an option, and the rank of every task's head (``option.dense_rank``: dense)."""
-
-    option: Option
-    ranks: tuple[int, ...]
-
-    @property
-    def numbers(self) -> int:
-        """How many numbers this stores."""
-        return self.option.shared_numbers + sum(head_numbers(self.option, rank) for rank in self.ranks)
-
-    @property
-    def error(self) -> float:
-        """Weighted squared error that remains."""
-        option = self.option
-        return float(
-            sum(
-                option.base_error[k] + (0.0 if is_dense(option, rank) else option.energies[k, rank:].sum())
-                for k, rank in enumerate(self.ranks)
-            )
-        )
-
-
-def is_dense(option: Option, rank: int) -> bool:
-    """Whether a head of that rank is stored dense."""
-    return option.dense_numbers is not None and rank == option.dense_rank
-
-
-def head_numbers(option: Option, rank: int) -> int:
-    """Numbers a head of that rank stores."""
-    if option.dense_numbers is not None and rank == option.dense_rank:
-        return option.dense_numbers
-    return rank * option.direction_numbers
+_GRID = 80
+_CHEAPEST, _DEAREST = 1e-7, 1e5  # in units of all error over all bytes
+_NARROW = 17  # prices per narrowing
+_PRECISE = 1 + 1e-6
+_NARROWINGS = 12
 
 
 @dataclass(frozen=True)
-class Prices:
-    """Every option of every module at its best ranks for one multiplier."""
+class ModuleCurves:
+    """The options of one module with their cost at every price of a grid; those that are never best left out."""
 
-    options: Sequence[Option]
-    row_starts: Ints
-    ranks: Ints  # per row: task of an option
-    errors: Floats  # per option
-    numbers: Floats  # per option
+    options: tuple[Option, ...]
+    errors: Floats  # (options, prices)
+    bytes: Floats
 
-    def choice(self, index: int) -> Choice:
-        """Option ``index`` with its ranks."""
-        option = self.options[index]
-        start = self.row_starts[index]
-        return Choice(option, tuple(int(rank) for rank in self.ranks[start : start + len(option.base_error)]))
+    @classmethod
+    def of(cls, options: Sequence[Option], prices: Floats, *, keep_all: bool = False) -> ModuleCurves:
+        """Price every option; the first one is kept in any case: it can store nothing."""
+        costs = [option.cost(prices) for option in options]
+        errors, sizes = np.stack([error for error, _ in costs]), np.stack([size for _, size in costs])
+        best = np.argmin(errors + prices * sizes, axis=0)
+        kept = list(range(len(options))) if keep_all else sorted({0, *best.tolist()})
+        return cls(tuple(options[i] for i in kept), errors[kept], sizes[kept])
+
+    def best(self, prices: Floats) -> Ints:
+        """Index of the best option at each price."""
+        best: Ints = np.argmin(self.errors + prices * self.bytes, axis=0)
+        return best
 
 
-class Curves:
-    """All options of all modules as flat arrays: the cost of any multiplier in a few vector operations.
+def price_grid(error: float, size: float) -> Floats:
+    """Prices from "every direction is worth its bytes" to "none is".
 
     Args:
-        modules: Per module its options; at least one each.
+        error: The weighted squared error of storing nothing.
+        size: Bytes of the adapters.
     """
-
-    def __init__(self, modules: Sequence[Sequence[Option]]) -> None:
-        options = [option for module in modules for option in module]
-        self.options = options
-        self._module_starts = np.cumsum([0, *(len(module) for module in modules)])[:-1]
-        rows = [len(option.base_error) for option in options]
-        self._row_starts = np.cumsum([0, *rows])[:-1]
-        width = max(option.energies.shape[1] for option in options)
-        self._energies = np.zeros((sum(rows), width))
-        for start, count, option in zip(self._row_starts, rows, options, strict=True):
-            self._energies[start : start + count, : option.energies.shape[1]] = option.energies
-        self._direction = np.repeat([float(option.direction_numbers) for option in options], rows)
-        self._dense = np.repeat(
-            [_NEVER if option.dense_numbers is None else float(option.dense_numbers) for option in options],
-            rows,
-        )
-        self._dense_rank = np.repeat([option.dense_rank for option in options], rows)
-        self._base = np.concatenate([option.base_error for option in options])
-        self._shared = np.array([float(option.shared_numbers) for option in options])
-
-    def choose(self, multiplier: float) -> list[Choice]:
-        """The best choice of every module when a number costs ``multiplier`` of weighted squared error."""
-        prices = self.prices(multiplier)
-        costs = prices.errors + multiplier * prices.numbers
-        best = [int(start + np.argmin(costs[start:end])) for start, end in self.spans()]
-        return [prices.choice(index) for index in best]
-
-    def prices(self, multiplier: float) -> Prices:
-        """Every option at its best ranks for that multiplier."""
-        kept = self._energies > multiplier * self._direction[:, None]
-        low_rank = np.where(kept, multiplier * self._direction[:, None], self._energies).sum(axis=1)
-        is_dense = multiplier * self._dense < low_rank
-        ranks = np.where(is_dense, self._dense_rank, kept.sum(axis=1))
-        lost = self._base + np.where(is_dense, 0.0, np.where(kept, 0.0, self._energies).sum(axis=1))
-        stored = np.where(is_dense, self._dense, kept.sum(axis=1) * self._direction)
-        return Prices(
-            self.options,
-            self._row_starts,
-            np.asarray(ranks, dtype=np.int64),
-            errors=np.add.reduceat(lost, self._row_starts),
-            numbers=np.add.reduceat(stored, self._row_starts) + self._shared,
-        )
-
-    def spans(self) -> list[tuple[int, int]]:
-        """Per module the range of its options."""
-        ends = [*self._module_starts[1:], len(self.options)]
-        return list(zip(self._module_starts.tolist(), (int(end) for end in ends), strict=True))
-
-    def largest_multiplier(self) -> float:
-        """A price at which nothing is kept."""
-        return float(self._energies.sum(axis=1).max(initial=0.0) + self._base.max(initial=0.0)) + 1e-300
+    unit = max(error, 1e-300) / max(size, 1.0)
+    return np.geomspace(_CHEAPEST * unit, _DEAREST * unit, _GRID)
 
 
-def total_numbers(choices: Iterable[Choice]) -> int:
-    """Numbers stored by all modules together."""
-    return sum(choice.numbers for choice in choices)
+def totals(modules: Sequence[ModuleCurves], prices: Floats) -> tuple[Floats, Floats]:
+    """Error and bytes of all modules together at each price, every one at its best."""
+    columns = np.arange(len(prices))
+    errors, sizes = np.zeros(len(prices)), np.zeros(len(prices))
+    for module in modules:
+        best = module.best(prices)
+        errors += module.errors[best, columns]
+        sizes += module.bytes[best, columns]
+    return errors, sizes
+
+
+def total_bytes(choices: Iterable[Choice]) -> int:
+    """Bytes of the factors of all modules together."""
+    return sum(choice.bytes for choice in choices)
 
 
 def total_error(choices: Iterable[Choice]) -> float:
-    """Weighted squared error left by all modules together."""
+    """Expected weighted squared error of all modules together."""
     return sum(choice.error for choice in choices)
 
 
 def within_budget(
-    modules: Sequence[Sequence[Option]], numbers: int, fixed: Iterable[list[Choice]] = ()
+    modules: Sequence[ModuleCurves], prices: Floats, size: int, fixed: Iterable[list[Choice]] = ()
 ) -> list[Choice]:
-    """The choice of least error that stores at most ``numbers`` numbers.
+    """The choice of least error that stores at most ``size`` bytes of factors.
 
     Args:
         modules: Per module its options.
-        numbers: The budget.
+        prices: The grid they were traced on.
+        size: The budget.
         fixed: Other solutions to compare with; those over the budget are left out.
 
     Raises:
         BudgetError: If the budget is negative.
     """
-    if numbers < 0:
-        raise BudgetError(f"a budget of {numbers} numbers cannot be met")
-    curves = Curves(modules)
-    low, high = 0.0, curves.largest_multiplier()
-    best = curves.choose(high)
-    for _ in range(_BISECTIONS):
-        middle = np.sqrt(low * high) if low > 0 else high * 1e-6
-        choices = curves.choose(middle)
-        if total_numbers(choices) <= numbers:
-            high, best = middle, choices
-        else:
-            low = middle
-        if (low > 0 and high / low < _PRECISE) or high < _TINY:
-            break
-    candidates = [fill(upgrade(curves, best, low, numbers), numbers)]
-    candidates += [fill(choices, numbers) for choices in fixed if total_numbers(choices) <= numbers]
-    return min(candidates, key=lambda choices: (total_error(choices), total_numbers(choices)))
+    if size < 0:
+        raise BudgetError(f"a budget of {size} bytes cannot be met")
+    over, under = _bracket(modules, prices, lambda _, total: total > size)
+    candidates = [fill(_swap(under, over, size), size)]
+    candidates += [fill(choices, size) for choices in fixed if total_bytes(choices) <= size]
+    return min(candidates, key=lambda choices: (total_error(choices), total_bytes(choices)))
 
 
-def within_error(modules: Sequence[Sequence[Option]], error: float) -> list[Choice]:
-    """The choice of fewest numbers whose weighted squared error is at most ``error``.
+def within_error(modules: Sequence[ModuleCurves], prices: Floats, error: float) -> list[Choice]:
+    """The choice of fewest bytes whose weighted squared error is at most ``error``.
 
     Raises:
         BudgetError: If no choice reaches it.
     """
-    curves = Curves(modules)
-    best = curves.choose(0.0)
-    if total_error(best) > error:
+    close, _ = _bracket(modules, prices, lambda total, _: total <= error)
+    if total_error(close) > error:
         raise BudgetError(
-            f"the least weighted squared error is {total_error(best):.3g}, but {error:.3g} was asked for"
+            f"the least weighted squared error is {total_error(close):.3g}, but {error:.3g} was asked for"
         )
-    low, high = 0.0, curves.largest_multiplier()
-    for _ in range(_BISECTIONS):
-        middle = np.sqrt(low * high) if low > 0 else high * 1e-6
-        choices = curves.choose(middle)
-        if total_error(choices) <= error:
-            low, best = middle, choices
-        else:
-            high = middle
-        if (low > 0 and high / low < _PRECISE) or high < _TINY:
-            break
-    return best
+    return close
 
 
-def upgrade(curves: Curves, choices: list[Choice], multiplier: float, numbers: int) -> list[Choice]:
-    """Spend what is left on better options for single modules, the best gain per number first.
+def _bracket(
+    modules: Sequence[ModuleCurves], prices: Floats, is_low: Callable[[float, float], bool]
+) -> tuple[list[Choice], list[Choice]]:
+    """The solutions on both sides of the price at which ``is_low(error, bytes)`` turns false.
 
-    Args:
-        curves: All options.
-        choices: A solution within the budget.
-        multiplier: One at which the solution would just exceed it.
-        numbers: The budget.
+    They are at the lower and the higher price; both are the same where it never turns.
     """
-    offers = [curves.prices(factor * multiplier) for factor in _CHEAPER]
-    choices = list(choices)
-    left = numbers - total_numbers(choices)
-    state = [(choice.error, choice.numbers) for choice in choices]
-    spans = curves.spans()
-    while True:
-        best: tuple[float, int, Prices, int] | None = None
-        for m, (start, end) in enumerate(spans):
-            for prices in offers:
-                gain = state[m][0] - prices.errors[start:end]
-                extra = prices.numbers[start:end] - state[m][1]
-                fits = (extra > 0) & (extra <= left) & (gain > 0)
-                if not fits.any():
-                    continue
-                ratio = np.where(fits, gain / np.where(fits, extra, 1.0), -1.0)
-                i = int(np.argmax(ratio))
-                if best is None or ratio[i] > best[0]:
-                    best = (float(ratio[i]), m, prices, start + i)
-        if best is None:
-            return choices
-        _, m, prices, index = best
-        choices[m] = prices.choice(index)
-        left -= choices[m].numbers - state[m][1]
-        state[m] = (choices[m].error, choices[m].numbers)
+    for _ in range(_NARROWINGS):
+        picks = [(module, module.best(prices)) for module in modules]
+        errors, sizes = totals(modules, prices)
+        low = [is_low(float(error), float(size)) for error, size in zip(errors, sizes, strict=True)]
+        first = low.index(False) if False in low else len(low) - 1
+        before = max(first - 1, 0)
+        ends = [[module.options[best[i]] for module, best in picks] for i in (before, first)]
+        if before == first or prices[first] / prices[before] < _PRECISE:
+            break
+        narrowed = np.geomspace(prices[before], prices[first], _NARROW)
+        modules = [
+            _narrow(module, best, before, first, narrowed) for module, best in picks
+        ]
+        prices = narrowed
+    lower = [option.choice(float(prices[before])) for option in ends[0]]
+    higher = [option.choice(float(prices[first])) for option in ends[1]]
+    if first == len(prices) - 1 and low[first]:
+        higher = lower
+    if first == 0 and not low[0]:
+        lower = higher
+    return lower, higher
 
 
-def fill(choices: list[Choice], numbers: int) -> list[Choice]:
-    """Spend what is left of the budget on the directions with the most energy per number."""
-    left = numbers - total_numbers(choices)
-    ranks = [list(choice.ranks) for choice in choices]
-    waiting: list[tuple[float, int, int, int]] = []
-    for m, choice in enumerate(choices):
-        option = choice.option
-        for k, rank in enumerate(choice.ranks):
-            if is_dense(option, rank) or option.direction_numbers > left:
-                continue
-            for p in range(rank, option.energies.shape[1]):
-                if option.energies[k, p] <= 0:
-                    break
-                waiting.append((-option.energies[k, p] / option.direction_numbers, m, k, p))
-    waiting.sort()
-    for _, m, k, p in waiting:
-        option = choices[m].option
-        if ranks[m][k] != p:  # an earlier direction of this task did not fit
-            continue
-        extra = head_numbers(option, p + 1) - head_numbers(option, p)
+def _narrow(module: ModuleCurves, best: Ints, before: int, first: int, prices: Floats) -> ModuleCurves:
+    """The options that are best at either end, on a finer grid between."""
+    kept = sorted({int(best[before]), int(best[first])})
+    options = tuple(module.options[i] for i in kept)
+    costs = [option.cost(prices) for option in options]
+    return ModuleCurves(options, np.stack([e for e, _ in costs]), np.stack([b for _, b in costs]))
+
+
+def _swap(choices: list[Choice], better: list[Choice], size: int) -> list[Choice]:
+    """Take single modules from a dearer solution while they fit, the best gain per byte first."""
+    left = size - total_bytes(choices)
+    gains = []
+    for m, (now, then) in enumerate(zip(choices, better, strict=True)):
+        extra, gain = then.bytes - now.bytes, now.error - then.error
+        if gain > 0:
+            gains.append((gain / max(extra, 1e-9), m, extra))
+    chosen = list(choices)
+    for _, m, extra in sorted(gains, reverse=True):
         if extra <= left:
-            ranks[m][k] = p + 1
+            chosen[m] = better[m]
             left -= extra
-    return [Choice(choice.option, tuple(rank)) for choice, rank in zip(choices, ranks, strict=True)]
+    return chosen
+
+
+def fill(choices: list[Choice], size: int) -> list[Choice]:
+    """Spend what is left of the budget on the vectors that gain most per byte from the next finer precision."""
+    left = size - total_bytes(choices)
+    levels = [[*choice.levels.shared, choice.levels.heads] for choice in choices]
+    offers = []
+    for m, choice in enumerate(choices):
+        for p, (part, now) in enumerate(zip(choice.option.parts, levels[m], strict=True)):
+            offers.append(_offers(part, now, m, p))
+    if not offers:
+        return choices
+    ratio, extra, where = (np.concatenate(column) for column in zip(*offers, strict=True))
+    order = np.argsort(-ratio, kind="stable")
+    order = order[(ratio[order] > 0) & (extra[order] <= left)]
+    fresh: dict[tuple[int, int], Ints] = {}
+    for i in order.tolist():
+        if extra[i] > left:
+            continue
+        m, p, row, column, level = where[i].tolist()
+        now = fresh.setdefault((m, p), levels[m][p].copy())
+        flat = now.reshape(-1, now.shape[-1])
+        if column and _is_finer(level, int(flat[row, column - 1])):
+            continue  # directions stay in the order of their precision
+        flat[row, column] = level
+        left -= int(extra[i])
+    for (m, p), now in fresh.items():
+        levels[m][p] = now
+    return [
+        replace(choice, levels=Levels(tuple(one[:-1]), one[-1])) for choice, one in zip(choices, levels, strict=True)
+    ]
+
+
+def _is_finer(level: int, other: int) -> bool:
+    return level != LEFT_OUT and (other == LEFT_OUT or level < other)
+
+
+def _offers(part: Part, levels: Ints, module: int, index: int) -> tuple[Floats, Floats, Ints]:
+    """For every vector its next finer precision: gain per byte, bytes, and (module, part, row, column, level)."""
+    order, sizes, noise, _ = part.hull
+    place = np.zeros(len(part.rates.bytes) + 1, dtype=np.int64)
+    place[order] = np.arange(len(order))  # LEFT_OUT is -1: the last entry
+    rows, columns = np.divmod(np.arange(levels.size), levels.shape[-1])
+    now = place[levels.reshape(-1)]
+    able = (now + 1 < len(order)) & (part.energies.reshape(-1) > 0)
+    now, rows, columns = now[able], rows[able], columns[able]
+    extra = sizes[now + 1] - sizes[now]
+    gain = part.energies.reshape(-1)[able] * (noise[now] - noise[now + 1])
+    where = np.stack(
+        [np.full_like(rows, module), np.full_like(rows, index), rows, columns, order[now + 1]], axis=1
+    )
+    return gain / np.maximum(extra, 1e-9), extra, where
+
+
+def every_direction(options: Sequence[Option], ranks: Sequence[Sequence[int]]) -> list[Choice]:
+    """The given option of each module with the given head ranks, all at the finest precision."""
+    return [_uniform(option, list(rank)) for option, rank in zip(options, ranks, strict=True)]
+
+
+def _uniform(option: Option, ranks: Sequence[int]) -> Choice:
+    columns = np.arange(option.heads.energies.shape[1])
+    heads = np.where(columns < np.asarray(ranks)[:, None], 0, LEFT_OUT).astype(np.int64)
+    shared = tuple(np.zeros(part.energies.shape, dtype=np.int64) for part in option.shared)
+    return Choice(option, Levels(shared, heads))
 
 
 def uniform(modules: Sequence[Sequence[Option]], rank: int) -> list[Choice]:
     """The paper's form at one rank for all modules: per module the largest shared rank up to ``rank``, heads dense.
 
-    Modules without such an option keep nothing; with ``rank`` 0 none do.
+    Args:
+        modules: Per module the option of storing nothing, then those of dense heads by rank.
+        rank: Rows of A'; with 0 nothing is kept.
     """
     choices = []
-    for module in modules:
-        fitting = [
-            option for option in module if option.dense_numbers is not None and option.shared_rank <= rank
-        ]
-        if fitting:
-            option = max(fitting, key=lambda o: o.shared_rank)
-            choices.append(Choice(option, (option.dense_rank,) * len(option.base_error)))
-        else:
-            choices.append(Choice(module[0], (0,) * len(module[0].base_error)))
+    for nothing, *dense in modules:
+        fitting = [option for option in dense if option.rank <= rank]
+        option = max(fitting, key=lambda one: one.rank) if fitting else nothing
+        choices.append(_uniform(option, [1 if fitting else 0] * len(option.heads.energies)))
     return choices
 
 
-def largest_uniform(modules: Sequence[Sequence[Option]], numbers: int) -> list[Choice]:
-    """The paper's form at the largest single rank that stores at most ``numbers`` numbers.
+def largest_uniform(modules: Sequence[Sequence[Option]], size: int) -> list[Choice]:
+    """The paper's form at the largest single rank that stores at most ``size`` bytes.
 
     Raises:
         BudgetError: If not even rank 1 fits.
     """
-    ranks = _uniform_ranks(modules)
+    ranks = _ranks(modules)
     best: list[Choice] | None = None if ranks else uniform(modules, 0)  # adapters that change nothing
     for rank in ranks:
         choices = uniform(modules, rank)
-        if total_numbers(choices) > numbers:
+        if total_bytes(choices) > size:
             break
         best = choices
     if best is None:
-        smallest = total_numbers(uniform(modules, 1))
-        raise BudgetError(
-            f"the paper's form stores {smallest} numbers at rank 1, but the budget leaves {numbers}"
-        )
+        smallest = total_bytes(uniform(modules, 1))
+        raise BudgetError(f"the paper's form stores {smallest} bytes at rank 1, but the budget leaves {size}")
     return best
 
 
@@ -309,25 +272,14 @@ def least_uniform(modules: Sequence[Sequence[Option]], error: float) -> list[Cho
     Raises:
         BudgetError: If no rank reaches it.
     """
-    choices = uniform(modules, 0)
-    if total_error(choices) <= error:
-        return choices
-    for rank in _uniform_ranks(modules):
+    for rank in [0, *_ranks(modules)]:
         choices = uniform(modules, rank)
         if total_error(choices) <= error:
             return choices
-    least = total_error(choices)
     raise BudgetError(
-        f"the paper's form leaves a weighted squared error of {least:.3g}, but {error:.3g} was asked for"
+        f"the paper's form leaves a weighted squared error of {total_error(choices):.3g}, but {error:.3g} was asked for"
     )
 
 
-def _uniform_ranks(modules: Sequence[Sequence[Option]]) -> list[int]:
-    return sorted({option.shared_rank for module in modules for option in module if option.shared_rank > 0})
-
-
-def every_direction(modules: Sequence[Sequence[Option]], ranks: Sequence[Sequence[int]]) -> list[Choice]:
-    """The first option of each module with the given head ranks."""
-    return [
-        Choice(module[0], tuple(int(r) for r in rank)) for module, rank in zip(modules, ranks, strict=True)
-    ]
+def _ranks(modules: Sequence[Sequence[Option]]) -> list[int]:
+    return sorted({option.rank for module in modules for option in module if option.rank > 0})

@@ -10,7 +10,7 @@ from typing import get_args
 
 from hydraopt.adapters import Adapter
 from hydraopt.errors import BudgetError
-from hydraopt.merging.budget import total_error, total_numbers
+from hydraopt.merging.budget import total_error
 from hydraopt.merging.merge import check_set, find_device, make_recipe, open_adapter, silent
 from hydraopt.merging.recipe import Method
 from hydraopt.merging.run import MergeRun, Progress

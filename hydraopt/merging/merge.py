@@ -24,6 +24,8 @@ def merge(
     method: str = "hydraopt",
     heads: int | None = None,
     rank: int | None = None,
+    bits: int | str = "auto",
+    weights: Mapping[str, float] | None = None,
     dtype: str = "bfloat16",
     device: str = "auto",
     seed: int = 0,
@@ -41,10 +43,13 @@ def merge(
             for the 16-bit dtypes), in (0, 1]. 1 keeps every direction of every adapter. Default 0.25 unless
             ``max_error`` or ``rank`` is given.
         max_error: Instead of a budget: the largest relative Frobenius error |dW - merged| / |dW| over all tasks.
-        method: ``hydraopt`` (adaptive), ``paper`` (one A' and dense heads at one rank), ``separate``.
+        method: ``hydraopt`` (adaptive), ``paper`` (one A' and dense heads at one rank), ``separate``, ``two-sided``.
         heads: For ``paper``: number of dense heads; one per task is supported.
         rank: For ``paper``: rows of A'; for ``separate``: directions per task. Instead of a budget.
-        dtype: How factors are stored: ``bfloat16``, ``float16`` or ``float32``.
+        bits: Bits per stored number: 16, 8, 6, 4, 3 or 2; ``auto`` trades them against ranks, vector by vector,
+            for the methods a budget adapts, and is 16 for the others.
+        weights: Relative weight of a task's error; 1 for those not named.
+        dtype: Float dtype of what is stored in 16 bits: ``bfloat16`` or ``float16``; ``float32`` stores everything so.
         device: ``auto``, ``cpu`` or ``cuda``.
         seed: Seed of random choices; the present methods make none that could change a result.
         progress: Called with (done, total, what).
@@ -57,10 +62,19 @@ def merge(
     if budget is None and max_error is None and rank is None:
         budget = 0.25
     recipe = make_recipe(
-        method=method, budget=budget, max_error=max_error, heads=heads, rank=rank, dtype=dtype, seed=seed
+        method=method,
+        budget=budget,
+        max_error=max_error,
+        heads=heads,
+        rank=rank,
+        bits=bits,
+        weights=dict(weights or {}),
+        dtype=dtype,
+        seed=seed,
     )
     opened = {check_task_name(task): open_adapter(adapters[task]) for task in sorted(adapters)}
     check_set(opened)
+    check_weights(recipe, opened)
     if recipe.heads is not None and recipe.heads != len(opened):
         raise BudgetError(
             f"heads={recipe.heads} is not supported: `paper` stores one dense head per task, here {len(opened)}"
@@ -81,6 +95,18 @@ def make_recipe(**settings: object) -> Recipe:
         where = ".".join(str(part) for part in first["loc"])
         value = f"{where}={first['input']!r}: " if where else ""
         raise BudgetError(value + first["msg"].removeprefix("Value error, ")) from reason
+
+
+def check_weights(recipe: Recipe, adapters: Mapping[str, Adapter]) -> None:
+    """Check that weights name tasks of the set.
+
+    Raises:
+        AdapterMismatchError: If one does not.
+    """
+    if strangers := sorted(set(recipe.weights) - set(adapters)):
+        raise AdapterMismatchError(
+            f"weights name the task {strangers[0]!r}, which is not in the set; it has {', '.join(adapters)}"
+        )
 
 
 def check_set(adapters: Mapping[str, Adapter]) -> None:

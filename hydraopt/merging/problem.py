@@ -4,24 +4,21 @@ For module l the tasks ask for ``dW_k = B_k A_k``. With ``B_k^T B_k = E diag(e) 
 ``core_k = diag(e)^(1/2) E^T`` and ``Q_k = B_k E diag(e)^(-1/2)``, so that ``Q_k^T Q_k = I``,
 ``B_k = Q_k core_k`` and ``|dW_k| = |T_k|`` with ``T_k = core_k A_k`` (r_k, d_in). Everything a family of
 factors needs is in the ``T_k``; no (d_out, d_in) matrix is ever formed.
+
+With calibration data the error of a task is measured on the inputs it will see: ``|dW C^(1/2)|`` with the second
+moment ``C`` (d_in, d_in) of the module's inputs. Then ``C`` stands between any two vectors of the input side.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from hydraopt.adapters import Adapter
-
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
 
 SMALL_PROBLEM = 1 << 21
 """Numbers in all factors of one module up to which float64 costs nothing one would notice."""
@@ -39,9 +36,9 @@ class ModuleProblem:
     weights: Tensor  # (K,), float64: w_k of the error
     ups: Tensor  # (K, d_out, r): B_k
     downs: Tensor  # (K, r, d_in): A_k
-    whiteners: Tensor  # (K, r, r): E diag(e)^(-1/2); Q_k = B_k whitener_k
-    rows: Tensor  # (K, r, d_in): T_k
     ranks: tuple[int, ...]  # r_k before padding
+    metric: Tensor | None = None  # (d_in, d_in): C, None for the identity
+    is_bfloat16: bool = False  # whether every number of the factors but the scaling is a bfloat16
 
     @property
     def d_out(self) -> int:
@@ -54,48 +51,66 @@ class ModuleProblem:
         return self.downs.shape[2]
 
     @cached_property
+    def up_gram(self) -> Tensor:
+        """``B_k^T B_k`` (K, r, r), float64."""
+        return (self.ups.mT @ self.ups).double()
+
+    @cached_property
+    def down_gram(self) -> Tensor:
+        """``A_k C A_k^T`` (K, r, r), float64."""
+        return (self.downs @ self.measured_downs.mT).double()
+
+    @cached_property
+    def measured_downs(self) -> Tensor:
+        """``A_k C`` (K, r, d_in)."""
+        return self.downs if self.metric is None else self.downs @ self.metric.to(self.downs.dtype)
+
+    @cached_property
     def norms(self) -> Tensor:
-        """Squared Frobenius norms |dW_k|^2, (K,) in float64."""
-        norms: Tensor = torch.linalg.vector_norm(self.rows, dim=(1, 2))
-        return norms.double().square()
+        """``|dW_k|^2`` in the metric, (K,) in float64."""
+        return (self.up_gram * self.down_gram).sum(dim=(1, 2)).clamp_min(0)
 
+    @cached_property
+    def frobenius(self) -> Tensor:
+        """``|dW_k|^2`` without the metric, (K,) in float64."""
+        if self.metric is None:
+            return self.norms
+        return (self.up_gram * (self.downs @ self.downs.mT).double()).sum(dim=(1, 2)).clamp_min(0)
 
-@dataclass(frozen=True)
-class Factors:
-    """What is stored for one module: one shared part and one part per task, in the stored dtype."""
+    @cached_property
+    def _roots(self) -> tuple[Tensor, Tensor]:
+        values, vectors = torch.linalg.eigh(self.up_gram)  # ascending
+        # Rounding noise of the Gram matrix. Clamped, not dropped: Q_k core_k = B_k holds for any positive values.
+        floor = values[:, -1:].clamp_min(0) * 8 * torch.finfo(self.ups.dtype).eps
+        return torch.maximum(values, floor).sqrt(), vectors
 
-    shared: tuple[Tensor, ...]
-    heads: dict[str, tuple[Tensor, ...]]
+    @cached_property
+    def cores(self) -> Tensor:
+        """``core_k`` (K, r, r), float64: ``B_k = Q_k core_k``."""
+        root, vectors = self._roots
+        return root[:, :, None] * vectors.mT
 
+    @cached_property
+    def whiteners(self) -> Tensor:
+        """(K, r, r), float64: ``Q_k = B_k whitener_k``."""
+        root, vectors = self._roots
+        inverse = torch.where(root > 0, 1 / root.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
+        return vectors * inverse[:, None, :]
 
-class Family(Protocol):
-    """A way to write the updates of one module."""
+    @cached_property
+    def rows_gram(self) -> Tensor:
+        """``T_k C T_k^T`` (K, r, r), float64."""
+        return self.cores @ self.down_gram @ self.cores.mT
 
-    def build(self, problem: ModuleProblem, ranks: Mapping[str, int], dtype: torch.dtype) -> Factors:
-        """The stored factors once the ranks are chosen."""
+    def mirror(self) -> ModuleProblem:
+        """The transposed problem: inputs become outputs. Only without a metric.
 
-
-@dataclass(frozen=True)
-class Option:
-    """One way to store one module, before the budget has chosen how many directions each task keeps.
-
-    A task that keeps p directions costs ``p * direction_numbers``, or ``dense_numbers`` when its whole head is
-    stored dense, and is left with ``base_error + energies[p:].sum()`` of weighted squared error.
-    """
-
-    family: str
-    shared_rank: int
-    shared_numbers: int
-    direction_numbers: int
-    dense_numbers: int | None
-    base_error: Floats  # (K,)
-    energies: Floats  # (K, r), descending per row
-    solution: Family
-
-    @property
-    def dense_rank(self) -> int:
-        """The rank that stands for a dense head."""
-        return self.shared_rank
+        Raises:
+            ValueError: If there is a metric; it belongs to the input side.
+        """
+        if self.metric is not None:
+            raise ValueError("a problem with a metric has no mirror image")
+        return replace(self, ups=self.downs.mT, downs=self.ups.mT)
 
 
 def module_names(adapters: Mapping[str, Adapter]) -> tuple[str, ...]:
@@ -104,15 +119,20 @@ def module_names(adapters: Mapping[str, Adapter]) -> tuple[str, ...]:
 
 
 def load_module(
-    name: str, adapters: Mapping[str, Adapter], weights: Mapping[str, float], device: torch.device
+    name: str,
+    adapters: Mapping[str, Adapter],
+    weights: Mapping[str, float],
+    device: torch.device,
+    metric: Tensor | None = None,
 ) -> ModuleProblem:
-    """Read one module of all adapters and reduce it.
+    """Read one module of all adapters that have it.
 
     Args:
         name: The module.
         adapters: By task name.
         weights: w_k by task name.
         device: Where to compute.
+        metric: Second moment of the module's inputs (d_in, d_in), or None.
     """
     tasks = tuple(sorted(task for task, adapter in adapters.items() if name in adapter.modules))
     specs = [adapters[task].modules[name] for task in tasks]
@@ -122,53 +142,57 @@ def load_module(
     make = torch.empty if all(spec.rank == rank for spec in specs) else torch.zeros
     ups = make(len(tasks), specs[0].d_out, rank, dtype=dtype, device=device)
     downs = make(len(tasks), rank, specs[0].d_in, dtype=dtype, device=device)
+    stored = set()
     for k, (task, spec) in enumerate(zip(tasks, specs, strict=True)):
         up, down, scaling = adapters[task].parts(name)
         ups[k, :, : spec.rank].copy_(up).mul_(scaling)
         downs[k, : spec.rank].copy_(down)
-    return reduce_module(
+        stored.add(down.dtype)
+    return ModuleProblem(
         name,
         tasks,
         torch.tensor([weights[task] for task in tasks], dtype=torch.float64),
         ups=ups,
         downs=downs,
         ranks=tuple(spec.rank for spec in specs),
+        metric=None if metric is None else metric.to(device, dtype),
+        is_bfloat16=stored == {torch.bfloat16} and dtype == torch.float32,
     )
 
 
-def reduce_module(
-    name: str, tasks: Sequence[str], weights: Tensor, *, ups: Tensor, downs: Tensor, ranks: Sequence[int]
-) -> ModuleProblem:
-    """Whiten the output side: see the head of this file. ``ups`` (K, d_out, r), ``downs`` (K, r, d_in)."""
-    gram = (ups.mT @ ups).double()
-    values, vectors = torch.linalg.eigh(gram)  # ascending
-    # Rounding noise of the Gram matrix. Clamped, not dropped: Q_k core_k = B_k holds for any positive values.
-    floor = values[:, -1:].clamp_min(0) * 8 * torch.finfo(ups.dtype).eps
-    root = torch.maximum(values, floor).sqrt()
-    inverse = torch.where(root > 0, 1 / root.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
-    whiteners = (vectors * inverse[:, None, :]).to(ups.dtype)
-    cores = (root[:, :, None] * vectors.mT).to(ups.dtype)
-    return ModuleProblem(name, tuple(tasks), weights, ups, downs, whiteners, cores @ downs, tuple(ranks))
-
-
-def truncated(problem: ModuleProblem, task: int, rows: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Best rank-``rank`` factors of ``Q_k rows``, singular values split evenly between them.
+def principal_directions(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Leading eigenvectors of some small Gram matrices, and the square roots of their singular values.
 
     Args:
-        problem: The module.
-        task: Index of the task.
-        rows: (r, n) matrix in the coordinates of ``Q_k``, float64.
-        rank: Directions to keep, at most r.
+        gram: (K, r, r), float64, positive semi-definite.
+        count: Directions to return, at most r.
 
     Returns:
-        ``(d_out, rank)`` and ``(rank, n)`` in float64. Their product is the Eckart-Young optimum; exact at full rank.
+        Vectors (K, r, count), strongest first; and ``sigma^(1/2)`` (K, count) to split between two factors, one
+        where a direction has no energy: a finite scale, which the product of the factors does not depend on.
     """
-    values, vectors = torch.linalg.eigh(rows @ rows.mT)
-    keep = vectors.flip(-1)[:, :rank]
-    sigma = values.flip(-1)[:rank].clamp_min(0).sqrt()
-    # A direction without energy still needs a finite scale: the product does not depend on it.
-    root = torch.maximum(sigma, sigma.new_tensor(1e-12) * sigma.max()).sqrt() if rank else sigma
-    root = torch.where(root > 0, root, torch.ones_like(root))
-    whitener = problem.whiteners[task].double()
-    up = problem.ups[task] @ (whitener @ keep * root).to(problem.ups.dtype)
-    return up.double(), (keep / root).mT @ rows
+    values, vectors = torch.linalg.eigh(gram)
+    sigma = values.flip(-1)[:, :count].clamp_min(0).sqrt()
+    largest = sigma[:, :1] if count else sigma
+    root = torch.maximum(sigma, 1e-12 * largest).sqrt()
+    return vectors.flip(-1)[:, :, :count], torch.where(root > 0, root, torch.ones_like(root))
+
+
+def squared_errors(problem: ModuleProblem, heads: Projected) -> Tensor:
+    """``|dW_k - D_k|^2`` per task, Frobenius, (K,) in float64.
+
+    ``|dW - D|^2 = |dW|^2 - 2 <dW, D> + |D|^2`` with every product taken in small coordinates.
+    """
+    inner = (heads.up_cross * heads.down_cross).sum(dim=(1, 2))
+    own = (heads.up_gram * heads.down_gram).sum(dim=(1, 2))
+    return (problem.frobenius - 2 * inner + own).clamp_min(0)
+
+
+@dataclass(frozen=True)
+class Projected:
+    """A stored approximation ``D_k = L_k R_k`` of every task, known by its products with the wanted ``B_k A_k``."""
+
+    up_cross: Tensor  # (K, r, p): B_k^T L_k
+    up_gram: Tensor  # (K, p, p): L_k^T L_k
+    down_cross: Tensor  # (K, r, p): A_k R_k^T
+    down_gram: Tensor  # (K, p, p): R_k R_k^T

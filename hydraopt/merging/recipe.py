@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-SOLVER_VERSION = "1"
+from hydraopt.precision import LOW_BITS
+
+SOLVER_VERSION = "2"
 """Raised whenever the same adapters and recipe would give a different bundle."""
 
-Method = Literal["hydraopt", "paper", "separate"]
+Method = Literal["hydraopt", "paper", "separate", "two-sided", "ta", "ties", "dare", "dare-ties", "gradient"]
+Bits = Literal["auto", 32, 16, 8, 6, 4, 3, 2]
 StoredDtype = Literal["bfloat16", "float16", "float32"]
+
+
+ADAPTIVE = ("hydraopt", "separate", "two-sided")
+"""Methods whose ranks and precisions the budget chooses vector by vector."""
 
 
 class Recipe(BaseModel):
@@ -30,7 +38,7 @@ class Recipe(BaseModel):
         description="Bundle bytes as a share of the input bytes, in (0, 1].",
     )
     max_error: float | None = Field(
-        None, ge=0, lt=1, allow_inf_nan=False, description="Relative squared error that must not be exceeded."
+        None, ge=0, lt=1, allow_inf_nan=False, description="Relative error that must not be exceeded."
     )
     rank: int | None = Field(
         None, ge=1, description="Rows of the shared A' (`paper`) or rank per task (`separate`)."
@@ -38,8 +46,22 @@ class Recipe(BaseModel):
     heads: int | None = Field(
         None, ge=1, description="Number of dense heads M (`paper`); None is one per task."
     )
-    dtype: StoredDtype = Field("bfloat16", description="How the bundle stores its factors.")
+    bits: Bits = Field(
+        "auto", description="Bits per stored number; `auto` trades them against ranks, vector by vector."
+    )
+    weights: dict[str, float] = Field(
+        default_factory=dict, description="Relative weight of a task's error; 1 for those not named."
+    )
+    dtype: StoredDtype = Field("bfloat16", description="Float dtype of what is stored in 16 or 32 bits.")
     seed: int = Field(0, ge=0, description="Seed of every random choice.")
+
+    @field_validator("weights")
+    @classmethod
+    def _usable_weights(cls, weights: dict[str, float]) -> dict[str, float]:
+        for task, weight in weights.items():
+            if not (math.isfinite(weight) and weight >= 0):
+                raise ValueError(f"the weight of task {task!r} is {weight}; it must be finite and not negative")
+        return dict(sorted(weights.items()))
 
     @model_validator(mode="after")
     def _one_target(self) -> Self:
@@ -47,13 +69,31 @@ class Recipe(BaseModel):
         given = [name for name, value in targets.items() if value is not None]
         if len(given) != 1:
             raise ValueError(f"give exactly one of budget, max_error and rank; got {given or 'none'}")
-        if self.rank is not None and self.method == "hydraopt":
-            raise ValueError(
-                "rank is for the methods 'paper' and 'separate'; 'hydraopt' takes budget or max_error"
-            )
+        if self.rank is not None and self.method in {"hydraopt", "two-sided"}:
+            raise ValueError(f"rank is not for the method {self.method!r}, which takes budget or max_error")
         if self.heads is not None and self.method != "paper":
             raise ValueError(f"heads is for the method 'paper', not {self.method!r}")
+        if (self.dtype == "float32") != (self.bits == 32) and self.bits != "auto":
+            raise ValueError(f"bits={self.bits} contradicts dtype={self.dtype!r}; float32 is stored in 32 bits")
         return self
+
+    @property
+    def precisions(self) -> tuple[int, ...]:
+        """Bits per number a stored vector may have, finest first."""
+        if self.dtype == "float32":
+            return (32,)
+        if self.bits != "auto":
+            return (self.bits,)
+        return (16, *LOW_BITS) if self.method in ADAPTIVE else (16,)
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        """Families of factors the method may use."""
+        return {
+            "hydraopt": ("separate", "shared-a", "shared-b", "two-sided"),
+            "two-sided": ("two-sided",),
+            "separate": ("separate",),
+        }.get(self.method, ("dense-heads",))
 
 
 def set_fingerprint(

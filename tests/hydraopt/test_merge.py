@@ -296,4 +296,4 @@ def test_adapters_that_do_not_belong_together_are_refused(workshop):
 def test_overflow_of_the_stored_dtype_is_refused(workshop):
     folder = workshop.adapter("a", scale=1e12)
     with pytest.raises(BudgetError, match="float16"):
-        hydraopt.merge({"a": folder}, budget=0.9, dtype="float16")
+        hydraopt.merge({"a": folder}, budget=0.9, bits=16, dtype="float16")

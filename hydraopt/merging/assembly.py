@@ -1,0 +1,236 @@
+"""From stored modules to a bundle: manifest, files, and how many bytes they take before they exist."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from hydraopt.adapters import Adapter
+from hydraopt.bundle.contents import Bundle, BundleContents, container_bytes, describe
+from hydraopt.bundle.layout import (
+    SCHEMA,
+    BaseModelEntry,
+    Counts,
+    FileEntry,
+    Manifest,
+    ModuleEntry,
+    TaskEntry,
+    head_blocks,
+    shared_blocks,
+)
+from hydraopt.merging.option import Choice, StoredModule
+from hydraopt.merging.recipe import SOLVER_VERSION, Recipe
+
+_DIGEST_LENGTH = 64
+_LONGEST_ERROR = 0.12345678  # errors are rounded to eight digits: none is longer
+_LARGEST_FILE = 10**9
+
+
+@dataclass
+class Errors:
+    """Squared error and norm of each task, summed over modules."""
+
+    squared: dict[str, float] = field(default_factory=dict)
+    norm: dict[str, float] = field(default_factory=dict)
+
+    def add(self, module: StoredModule) -> None:
+        """Count another module in."""
+        for task, error in module.squared_error.items():
+            self.squared[task] = self.squared.get(task, 0.0) + error
+            self.norm[task] = self.norm.get(task, 0.0) + module.squared_norm[task]
+
+    def relative(self, task: str) -> float:
+        """|dW - merged| / |dW| of one task; 0 for a task that changes nothing."""
+        return _rounded(math.sqrt(self._share(task)))
+
+    def mean(self, tasks: Sequence[str]) -> float:
+        """Root of the mean squared relative error."""
+        return _rounded(math.sqrt(sum(self._share(task) for task in tasks) / len(tasks)))
+
+    def _share(self, task: str) -> float:
+        norm = self.norm.get(task, 0.0)
+        return max(self.squared[task], 0.0) / norm if norm > 0 else 0.0
+
+
+def _rounded(error: float) -> float:
+    """Eight digits after the point: finer is rounding noise, and longer would make the manifest's size vary."""
+    return round(error, 8)
+
+
+class Assembly:
+    """The bundle of one adapter set under one recipe.
+
+    Args:
+        adapters: By sorted task name.
+        recipe: How they are merged.
+        modules: Sorted names of the modules.
+    """
+
+    def __init__(self, adapters: Mapping[str, Adapter], recipe: Recipe, modules: Sequence[str]) -> None:
+        self.adapters = adapters
+        self.recipe = recipe
+        self.modules = modules
+        self.tasks = tuple(adapters)
+        self.extras: dict[str, dict[str, Tensor]] = {
+            task: {name: adapter.extra(name) for name in adapter.extras}  # noqa: S610 - not Django's
+            for task, adapter in adapters.items()
+        }
+
+    @property
+    def reference_bytes(self) -> int:
+        """Bytes of the adapters at two bytes a number."""
+        return sum(adapter.reference_bytes for adapter in self.adapters.values())
+
+    @property
+    def extra_bytes(self) -> int:
+        """Bytes of whole-layer tensors."""
+        return sum(tensor.nbytes for tensors in self.extras.values() for tensor in tensors.values())
+
+    def least_container_bytes(self) -> int:
+        """The bundle's bytes if it keeps no factor at all."""
+        empty = [
+            self._entry(name, "separate", (), [() if name in one.modules else None for one in self.adapters.values()], ())
+            for name in self.modules
+        ]
+        return self._container_bytes(empty)
+
+    def container_bytes(self, choices: Sequence[Choice]) -> int:
+        """The bundle's bytes without its factors; its digests and errors are not known yet but as long as any."""
+        return self._container_bytes(self.entries(choices))
+
+    def _container_bytes(self, entries: Sequence[ModuleEntry]) -> int:
+        file = FileEntry(sha256="0" * _DIGEST_LENGTH, bytes=_LARGEST_FILE)
+        tasks = {task: self._task_entry(task, "0" * _DIGEST_LENGTH, file, _LONGEST_ERROR) for task in self.tasks}
+        manifest = self._manifest(entries, file, tasks, _LONGEST_ERROR)
+        return len(manifest.canonical()) + container_bytes(self.extras)
+
+    def entries(self, choices: Sequence[Choice]) -> list[ModuleEntry]:
+        """The manifest's entry of every module."""
+        precisions = len(self.recipe.precisions)
+        entries = []
+        for name, choice in zip(self.modules, choices, strict=True):
+            option = choice.option
+            has = [name in adapter.modules for adapter in self.adapters.values()]
+            groups: tuple[int, ...] = ()
+            if option.groups is not None:
+                members = iter(option.groups)
+                groups = tuple(next(members) if present else -1 for present in has)
+            rows = iter(range(sum(has)))
+            counts = []
+            for present in has:
+                row = next(rows) if present else None
+                if row is not None and option.groups is not None:
+                    row = option.groups[row]
+                counts.append(None if row is None else choice.counts(choice.levels.heads[row], precisions))
+            shared = tuple(choice.counts(levels, precisions) for levels in choice.levels.shared)
+            entries.append(self._entry(name, option.family, shared, counts, groups))
+        return entries
+
+    def _entry(
+        self,
+        name: str,
+        family: str,
+        shared: tuple[Counts, ...],
+        heads: Iterable[Counts | None],
+        groups: tuple[int, ...],
+    ) -> ModuleEntry:
+        return ModuleEntry(
+            name=name, shape=self.shape(name), family=family, shared=shared, heads=tuple(heads), groups=groups
+        )
+
+    def shape(self, name: str) -> tuple[int, int]:
+        """(d_out, d_in) of a module."""
+        module = next(adapter.modules[name] for adapter in self.adapters.values() if name in adapter.modules)
+        return module.d_out, module.d_in
+
+    def _task_entry(self, task: str, digest: str, file: FileEntry, error: float) -> TaskEntry:
+        adapter = self.adapters[task]
+        return TaskEntry(
+            adapter=digest,
+            bytes=adapter.reference_bytes,
+            file=file,
+            relative_error=error,
+            task_type=adapter.task_type,
+            fan_in_fan_out=bool(adapter.config.get("fan_in_fan_out")),
+            saved_modules=adapter.saved_modules,
+        )
+
+    def _manifest(
+        self, modules: Sequence[ModuleEntry], shared: FileEntry, tasks: dict[str, TaskEntry], error: float
+    ) -> Manifest:
+        first = next(iter(self.adapters.values()))
+        return Manifest(
+            schema_version=SCHEMA,
+            base_model=BaseModelEntry(name=first.base_model, revision=first.revision),
+            recipe=self.recipe,
+            solver=SOLVER_VERSION,
+            precisions=self.recipe.precisions,
+            relative_error=error,
+            modules=tuple(modules),
+            shared=shared,
+            tasks=tasks,
+        )
+
+    def bundle(
+        self, entries: Sequence[ModuleEntry], stored: Iterable[StoredModule], digests: Mapping[str, str]
+    ) -> Bundle:
+        """Write every module's blocks one after the other, then describe the files.
+
+        Args:
+            entries: What the manifest says of each module.
+            stored: The modules, in the same order; taken one at a time.
+            digests: Of the adapters; asked for last.
+        """
+        shared, heads, errors = self._flats(entries, stored)
+        contents = BundleContents(shared, heads, self.extras)
+        tasks = {
+            task: self._task_entry(task, digests[task], describe(contents.encode_task(task)), errors.relative(task))
+            for task in self.tasks
+        }
+        manifest = self._manifest(entries, describe(contents.encode_shared()), tasks, errors.mean(self.tasks))
+        return Bundle(manifest, contents)
+
+    def _flats(
+        self, entries: Sequence[ModuleEntry], stored: Iterable[StoredModule]
+    ) -> tuple[Tensor, dict[str, Tensor], Errors]:
+        bits = self.recipe.precisions
+        shared = _Flat(block.bytes for entry in entries for block in shared_blocks(entry, bits))
+        heads = {
+            task: _Flat(block.bytes for entry in entries for block in head_blocks(entry, entry.heads[k], bits))
+            for k, task in enumerate(self.tasks)
+        }
+        errors = Errors(dict.fromkeys(self.tasks, 0.0), dict.fromkeys(self.tasks, 0.0))
+        for module in stored:
+            shared.append(module.shared)
+            for task, blocks in module.heads.items():
+                heads[task].append(blocks)
+            errors.add(module)
+        return shared.whole(), {task: flat.whole() for task, flat in heads.items()}, errors
+
+
+class _Flat:
+    """Bytes written one block after the other into a tensor whose size is known beforehand."""
+
+    def __init__(self, sizes: Iterable[int]) -> None:
+        self._flat = torch.empty(sum(sizes), dtype=torch.uint8)
+        self._filled = 0
+
+    def append(self, blocks: Iterable[Tensor]) -> None:
+        """Write some more."""
+        for block in blocks:
+            self._flat[self._filled : self._filled + block.numel()] = block.view(-1)
+            self._filled += block.numel()
+
+    def whole(self) -> Tensor:
+        """All of it.
+
+        Raises:
+            RuntimeError: If it is not full: the layout and the families disagree.
+        """
+        if self._filled != len(self._flat):
+            raise RuntimeError(f"the layout calls for {len(self._flat)} bytes, but {self._filled} were written")
+        return self._flat

@@ -1,0 +1,127 @@
+"""The directions of the input side that all tasks of a module use most: candidates for the rows of ``A'``.
+
+They are the top right singular vectors of the stacked ``sqrt(w_k) T_k``: the global optimum of
+``sum_k w_k |dW_k - B'_k A'|^2`` over ``A'`` and dense heads (Eckart & Young, Psychometrika 1936), and the best start
+for low-rank heads. Small stacks go through a full eigendecomposition of their Gram matrix, tall ones through block
+subspace iteration with Rayleigh-Ritz (Halko, Martinsson & Tropp, SIAM Review 2011), whose work is linear in the
+number of tasks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hydraopt.merging.problem import ModuleProblem
+
+FULL_EIGH = 320
+"""Stacked rows up to which the full eigendecomposition is as fast as the iteration."""
+
+_OVERSAMPLING = 16
+_SWEEPS = 2
+_JITTER = 1e-7
+
+
+@dataclass(frozen=True)
+class Basis:
+    """Rows that span what the tasks use, the most important first.
+
+    ``rows`` are orthonormal in the module's metric up to rounding; ``energies`` are the weighted squared norms
+    ``sum_k w_k |T_k v|^2`` along them, descending.
+    """
+
+    rows: Tensor  # (n, d_in), in bfloat16 where the factors are, else in the work dtype
+    energies: Tensor  # (n,), float64
+    cross: Tensor  # (K, r, n), float64: A_k C rows^T
+
+    @property
+    def count(self) -> int:
+        """How many rows."""
+        return self.rows.shape[0]
+
+
+def find_basis(problem: ModuleProblem, largest: int, *, exact: bool = False) -> Basis:
+    """The leading directions of a module's input side.
+
+    Args:
+        problem: The module.
+        largest: How many at most; fewer come back where the stack has a lower numerical rank.
+        exact: Whether to take the full eigendecomposition whatever it costs.
+    """
+    stacked = problem.downs.shape[0] * problem.downs.shape[1]
+    largest = min(largest, stacked, problem.d_in)
+    if exact or stacked <= FULL_EIGH or 2 * (largest + _OVERSAMPLING) > stacked:
+        return _by_gram(problem, largest)
+    return _by_iteration(problem, largest)
+
+
+def _weighted_cores(problem: ModuleProblem) -> Tensor:
+    """``sqrt(w_k) core_k``: what the stacked ``A_k`` are multiplied by, (K, r, r) in float64."""
+    return problem.cores * problem.weights.sqrt().to(problem.cores.device)[:, None, None]
+
+
+def _by_gram(problem: ModuleProblem, largest: int) -> Basis:
+    tasks, rank, _ = problem.downs.shape
+    stack = problem.downs.flatten(0, 1)
+    gram = (stack @ problem.measured_downs.flatten(0, 1).mT).double()
+    cores = _weighted_cores(problem)
+    half = (cores @ gram.view(tasks, rank, -1)).view(tasks * rank, tasks, rank).transpose(0, 1)  # core G
+    full = (half @ cores.mT).transpose(0, 1).reshape(tasks * rank, tasks * rank)  # core G core^T
+    values, vectors = torch.linalg.eigh((full + full.mT) / 2)
+    values, vectors = values.flip(-1)[:largest], vectors.flip(-1)[:, :largest]
+    noise = 8 * tasks * rank * torch.finfo(problem.downs.dtype).eps
+    count = int((values > noise * values[:1].clamp_min(torch.finfo(torch.float64).tiny)).sum())
+    values, vectors = values[:count], vectors[:, :count]
+    combinations = (vectors / values.sqrt()).mT  # of the stacked weighted rows
+    on_stack = (combinations.view(count, tasks, 1, rank) @ cores).flatten(1).to(stack.dtype)
+    rows = on_stack @ stack
+    coordinates = (problem.measured_downs.flatten(0, 1) @ rows.mT).double().view(tasks, rank, count)
+    return Basis(_compact(problem, rows), values, coordinates)
+
+
+def _by_iteration(problem: ModuleProblem, largest: int) -> Basis:
+    tasks, rank, _ = problem.downs.shape
+    block = largest + _OVERSAMPLING
+    cores = _weighted_cores(problem)
+    stack = problem.downs.flatten(0, 1)
+    measured = problem.measured_downs.flatten(0, 1)
+    generator = torch.Generator().manual_seed(0)
+    mixed = torch.randn(block, tasks * rank, generator=generator, dtype=stack.dtype).to(stack.device)
+    small = cores.to(stack.dtype)
+    for _ in range(_SWEEPS):
+        on_stack = (mixed.view(block, tasks, 1, rank).transpose(0, 1).squeeze(2) @ small).transpose(0, 1)
+        span = _rounded(problem, on_stack.reshape(block, -1) @ stack)
+        measured_span = span if problem.metric is None else span @ problem.metric
+        gram = (span @ measured_span.mT).double()
+        gram.diagonal().add_(_JITTER * float(gram.diagonal().mean()))
+        lower = torch.linalg.cholesky(gram)
+        projected = (measured @ span.mT).view(tasks, rank, block)
+        weighted = (small @ projected).flatten(0, 1)
+        # Orthonormal rows of the span: the next start is the energy-weighted use the tasks make of them.
+        mixed = torch.linalg.solve_triangular(lower.to(stack.dtype), weighted.mT, upper=False)
+    used = (mixed @ mixed.mT).double()
+    values, rotation = torch.linalg.eigh(used)
+    values, rotation = values.flip(-1)[:largest].clamp_min(0), rotation.flip(-1)[:, :largest]
+    back = torch.linalg.solve_triangular(lower.mT, rotation, upper=True)  # orthonormal rows = back^T span
+    rows = _precise_product(back.mT.to(span.dtype), span)
+    return Basis(_compact(problem, rows), values, projected.double() @ back)
+
+
+def _compact(problem: ModuleProblem, rows: Tensor) -> Tensor:
+    """Rows as they are kept until the module is built; they will be rounded at least as much when stored."""
+    return rows.bfloat16() if problem.is_bfloat16 else rows
+
+
+def _rounded(problem: ModuleProblem, rows: Tensor) -> Tensor:
+    """Rows that are bfloat16 numbers where the factors are: products of the two are then exact in either mode."""
+    return rows.bfloat16().to(rows.dtype) if problem.is_bfloat16 else rows
+
+
+def _precise_product(small: Tensor, big: Tensor) -> Tensor:
+    """``small @ big`` to float32 precision even where products round their inputs to bfloat16."""
+    if small.dtype != torch.float32:
+        return small @ big
+    high = small.bfloat16().float()
+    return high @ big + (small - high) @ big

@@ -1,0 +1,211 @@
+"""How a stored vector's numbers are written: as 32- or 16-bit floats, or in 8, 6, 4, 3 or 2 bits.
+
+A low-bit vector is cut into groups of 128 numbers along its length (the long side of its factor). A group keeps
+one bfloat16 scale ``s`` and per number a code ``c`` in ``0 .. 2^b - 1``; the number read back is
+``s (c - (2^b - 1) / 2)``: uniform levels, symmetric around zero. The scale is the group's largest magnitude times
+``clip``, so that the few largest numbers are clipped where that leaves less error in all. The clippings below were
+searched on Gaussian vectors and on the singular vectors of fine-tuned adapters, which agree; choosing one per group
+would lower the error by 4 % at several times the work. ``noise`` is the mean squared error they leave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+GROUP = 128
+"""Numbers that share a scale."""
+
+_FIELDS = {8: (8,), 6: (4, 2), 4: (4,), 3: (2, 1), 2: (2,)}
+"""A code is packed in fields of 8, 4, 2 or 1 bits, none of which crosses a byte."""
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Bits per number, and the relative squared error rounding to them leaves in a vector."""
+
+    bits: int
+    noise: float
+    clip: float = 1.0
+
+    @property
+    def half(self) -> float:
+        """Largest level in units of the scale."""
+        return (2**self.bits - 1) / 2
+
+
+# Measured on Gaussian vectors; a test holds them to 5 %. For 16 bits: bfloat16.
+PRECISIONS = {
+    32: Precision(32, 0.0),
+    16: Precision(16, 2.7e-6),
+    8: Precision(8, 4.2e-5),
+    6: Precision(6, 6.8e-4),
+    4: Precision(4, 1.05e-2, clip=0.9),
+    3: Precision(3, 3.74e-2, clip=0.75),
+    2: Precision(2, 1.23e-1, clip=0.55),
+}
+LOW_BITS = tuple(bits for bits in PRECISIONS if bits < 16)
+
+_CORE_BITS = {32: 32, 16: 16, 8: 8, 6: 8, 4: 6, 3: 6, 2: 4}
+
+
+def core_bits(bits: int) -> int:
+    """Bits of the small factor beside a long one: being short, it is cheap to keep finer."""
+    return _CORE_BITS[bits]
+
+
+def vector_bytes(length: int, bits: int) -> int:
+    """Bytes of one stored vector of ``length`` numbers, its scales included."""
+    if bits >= 16:
+        return length * bits // 8
+    return sum(-(-length * field // 8) for field in _FIELDS[bits]) + 2 * _groups(length)
+
+
+def encode(vectors: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The stored bytes of some vectors, and what they read back as.
+
+    Args:
+        vectors: (count, length), floating point.
+        bits: One of :data:`PRECISIONS`.
+        dtype: Float dtype for 16 and 32 bits.
+
+    Returns:
+        (count, ``vector_bytes(length, bits)``) in uint8, on the CPU; and (count, length) in the dtype and on the device
+        of ``vectors``.
+    """
+    count, length = vectors.shape
+    if bits >= 16:
+        stored = vectors.to(dtype).contiguous()
+        return stored.view(torch.uint8).view(count, length * bits // 8).cpu(), stored.to(vectors.dtype)
+    precision = PRECISIONS[bits]
+    width = min(length, GROUP)
+    padded = vectors.float()
+    if length % width:
+        padded = torch.nn.functional.pad(padded, (0, -length % width))
+    grouped = padded.view(count, _groups(length), width)
+    largest = torch.linalg.vector_norm(grouped, ord=torch.inf, dim=-1, keepdim=True)
+    scales = (largest * (precision.clip / precision.half)).bfloat16()
+    wide = scales.float()
+    levels = grouped * torch.where(wide > 0, wide.reciprocal(), 0.0)
+    codes = levels.add_(precision.half + 0.5).clamp_(0, 2**bits - 0.5).to(torch.uint8)
+    decoded = levels.copy_(codes).sub_(precision.half).mul_(wide).view(count, -1)[:, :length]
+    codes = codes.view(count, -1)[:, :length]
+    parts = [_pack(codes, shift, field, bits) for shift, field in _shifts(bits)]
+    data = torch.cat([*parts, scales.view(count, -1).view(torch.uint8)], dim=1)
+    return data.cpu(), decoded.to(vectors.dtype)
+
+
+def decode(data: Tensor, length: int, bits: int, dtype: torch.dtype) -> Tensor:
+    """The numbers of :func:`encode`'s bytes.
+
+    Args:
+        data: (count, ``vector_bytes(length, bits)``), uint8.
+        length: Numbers per vector.
+        bits: One of :data:`PRECISIONS`.
+        dtype: Float dtype for 16 and 32 bits.
+
+    Returns:
+        (count, length): in ``dtype`` for 16 and 32 bits, else in float32, which holds every level exactly.
+    """
+    count = data.shape[0]
+    if bits >= 16:
+        return data.contiguous().view(-1).clone().view(dtype).view(count, length)
+    groups = _groups(length)
+    codes = torch.zeros(count, length, dtype=torch.uint8)
+    start = 0
+    for shift, field in _shifts(bits):
+        width = -(-length * field // 8)
+        codes |= _unpack(data[:, start : start + width], length, field) << shift
+        start += width
+    scales = data[:, start:].contiguous().view(-1).clone().view(torch.bfloat16).float().view(count, groups, 1)
+    width = min(length, GROUP)
+    levels = codes.float().sub_(PRECISIONS[bits].half)
+    if length % width:
+        levels = torch.nn.functional.pad(levels, (0, -length % width))
+    return levels.view(count, groups, width).mul_(scales).view(count, -1)[:, :length]
+
+
+def encode_ragged(
+    vectors: Tensor, levels: npt.NDArray[np.int64], bits: Sequence[int], dtype: torch.dtype
+) -> tuple[list[list[Tensor]], Tensor]:
+    """Encode the vectors of many heads, each at a precision of its own.
+
+    Args:
+        vectors: (K, P, length).
+        levels: (K, P): index into ``bits``, ascending along P; -1 for a vector that is not stored.
+        bits: Precisions, finest first.
+        dtype: Float dtype for 16 and 32 bits.
+
+    Returns:
+        Per head the blocks of bytes (finest first), each (count, bytes per vector); and what they decode to,
+        (K, P, length) in the dtype and on the device of ``vectors``, zero where nothing is stored.
+    """
+    heads, _, length = vectors.shape
+    stored: list[list[Tensor]] = [[] for _ in range(heads)]
+    if levels.size and (levels == levels.flat[0]).all() and levels.flat[0] >= 0:  # nothing to gather or scatter
+        data, decoded = encode(vectors.reshape(-1, length), bits[levels.flat[0]], dtype)
+        return [[block] for block in data.split(levels.shape[1])], decoded.view(vectors.shape)
+    flat = vectors.reshape(-1, length)
+    decoded = torch.zeros_like(flat)
+    for index, precision in enumerate(bits):
+        mask = levels == index
+        if not mask.any():
+            continue
+        places = torch.from_numpy(np.flatnonzero(mask)).to(vectors.device)
+        data, read_back = encode(flat.index_select(0, places), precision, dtype)
+        decoded.index_copy_(0, places, read_back)
+        for blocks, block in zip(stored, data.split(mask.sum(axis=1).tolist()), strict=True):
+            if block.shape[0]:
+                blocks.append(block)
+    return stored, decoded.view(vectors.shape)
+
+
+def _groups(length: int) -> int:
+    return -(-length // GROUP)
+
+
+def _shifts(bits: int) -> list[tuple[int, int]]:
+    """(shift, field) of each field of a code, highest first."""
+    fields, left = [], bits
+    for field in _FIELDS[bits]:
+        left -= field
+        fields.append((left, field))
+    return fields
+
+
+_WIDE = {4: torch.int16, 2: torch.int32, 1: torch.int64}
+"""Integers that hold as many codes, a byte each, as are packed into one byte."""
+
+
+def _pack(codes: Tensor, shift: int, field: int, bits: int) -> Tensor:
+    """``field`` bits of every code, (count, length) to (count, ceil(length field / 8)); the first in the low bits."""
+    part = codes >> shift if shift else codes
+    if shift + field < bits:
+        part = part & (2**field - 1)
+    if field == 8:
+        return part
+    per_byte = 8 // field
+    if part.shape[1] % per_byte or part.shape[1] == 0:
+        part = torch.nn.functional.pad(part, (0, -part.shape[1] % per_byte))
+    wide = part.contiguous().view(_WIDE[field])
+    packed = wide.clone()
+    for place in range(1, per_byte):  # the code in byte `place` moves down to bit `field * place`
+        packed |= wide >> ((8 - field) * place)
+    return packed.to(torch.uint8)
+
+
+def _unpack(packed: Tensor, length: int, field: int) -> Tensor:
+    """The inverse of :func:`_pack`, without its shift."""
+    if field == 8:
+        return packed
+    wide = packed.to(_WIDE[field])
+    spread = wide.clone()
+    for place in range(1, 8 // field):
+        spread |= wide << ((8 - field) * place)
+    mask = int.from_bytes(bytes([2**field - 1] * (8 // field)), "little")
+    return (spread & mask).view(torch.uint8).view(packed.shape[0], -1)[:, :length]

@@ -15,6 +15,7 @@ from tasks.adapters import (
     fetch_version,
     find_trained,
     keep_adapter,
+    note_maker,
     register_adapter,
     train_adapter,
 )
@@ -24,7 +25,7 @@ from tasks.store import check_store
 
 
 @flow(name="finetune-task", flow_run_name="finetune {task_file.stem}")
-def finetune_task(task_file: Path) -> dict[str, Any]:
+def finetune_task(task_file: Path, made_by: str | None = None) -> dict[str, Any]:
     """Train an adapter for a task, measure it, store it and make it the serving one.
 
     A training that was done before, with the same data, settings and code, is not done again; one that
@@ -32,6 +33,7 @@ def finetune_task(task_file: Path) -> dict[str, Any]:
 
     Args:
         task_file: Absolute path of the task file on the machine that runs this flow.
+        made_by: Who asked for it: a policy may forbid that person to approve a bundle with it.
     """
     settings = Settings.load().require_services()
     check_store(settings)
@@ -39,6 +41,8 @@ def finetune_task(task_file: Path) -> dict[str, Any]:
 
     version = find_trained(settings, job.task)
     trained = version is None
+    if version is not None and made_by is not None:
+        version = note_maker(settings, version, made_by)
     if version is None or recorded_evaluation(version, job) is None:  # other test rows: measure again
         folder = train_adapter(settings, job.task) if version is None else fetch_version(settings, version)
         version = keep_adapter(
@@ -49,6 +53,7 @@ def finetune_task(task_file: Path) -> dict[str, Any]:
             evaluation=evaluate_own(job, folder),
             source=f"finetune {task_file.name}",
             trained_as=training_key(job.task),
+            made_by=made_by,
         )
     result = {**describe_version(version, register_adapter(settings, version)), "trained": trained}
     show_adapter(result)

@@ -24,7 +24,9 @@ from tasks.store import check_store
 
 
 @flow(name="ingest-adapter", flow_run_name="ingest {task}")
-def ingest_adapter(source: str, task: str, task_file: Path | None = None) -> dict[str, Any]:
+def ingest_adapter(
+    source: str, task: str, task_file: Path | None = None, made_by: str | None = None
+) -> dict[str, Any]:
     """Bring in a PEFT folder: check it, measure it, store it and make it the serving one of its task.
 
     Args:
@@ -33,6 +35,7 @@ def ingest_adapter(source: str, task: str, task_file: Path | None = None) -> dic
         task: Name of the task it does.
         task_file: The task's file; None uses what the task's serving version was registered with.
             Without either the adapter is stored, but no bundle with it passes the gates.
+        made_by: Who brings it in: a policy may forbid that person to approve a bundle with it.
     """
     check_task_name(task)
     settings = Settings.load().require_services()
@@ -52,6 +55,7 @@ def ingest_adapter(source: str, task: str, task_file: Path | None = None) -> dic
         job=job,
         evaluation=evaluate_own(job, folder, known) if job else None,
         source=source,
+        made_by=made_by,
     )
     result = {**describe_version(version, register_adapter(settings, version)), "known": known is not None}
     show_adapter(result)

@@ -8,13 +8,13 @@ from prefect import flow
 
 from infra.settings import Settings
 from tasks.artifacts import show_move
-from tasks.releasing import check_approval, publish_bundle, show_live
+from tasks.releasing import check_sign_off, publish_bundle, show_live
 from tasks.store import check_store
 
 
 @flow(name="release", flow_run_name="release {bundle} {bundle_id}")
 def release(bundle: str, bundle_id: str, channel: str = "stable") -> dict[str, Any]:
-    """Verify the approval with all it rests on, publish, move the channel, then MLflow's aliases.
+    """Verify the approvals with all they rest on, publish, move the channel, then MLflow's aliases.
 
     A bundle gets one version number whatever happens, and a repeated release never undoes a rollback.
 
@@ -25,8 +25,8 @@ def release(bundle: str, bundle_id: str, channel: str = "stable") -> dict[str, A
     """
     settings = Settings.load().require_services()
     check_store(settings)
-    approval = check_approval(settings, bundle, bundle_id)
+    sign_off = check_sign_off(settings, bundle, bundle_id)
     published = publish_bundle(settings, bundle, bundle_id, channel)
     show_live(settings, bundle, channel)
     show_move(published)
-    return {**published.model_dump(mode="json"), "approved_by": approval["as"]}
+    return {**published.model_dump(mode="json"), "approved_by": ", ".join(sign_off.by)}

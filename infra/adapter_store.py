@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hydraopt.adapters.peft_folder import CONFIG_FILE, TENSOR_FILE, read_adapter
 from hydraopt.errors import HydraoptError, RecordError
-from hydraopt.names import check_task_name, slug
+from hydraopt.names import check_name, check_task_name, slug
 from infra.atomic_files import sync_folder
 from infra.blobs import BlobRef, Digest, measure
 from infra.object_store import ObjectStore
@@ -41,6 +41,7 @@ class AdapterVersion(BaseModel):
     own_evaluation: dict[str, Any] | None = Field(None, description="The adapter measured on those rows.")
     source: str = Field(description="Where the adapter came from, for people.")
     training_key: Digest | None = Field(None, description="Of the training that made it, if we did.")
+    made_by: tuple[str, ...] = Field((), description="Who trained it or brought it in.")
 
     @property
     def key(self) -> str:
@@ -65,6 +66,7 @@ def store_adapter(
     evaluation_rows: Sequence[Mapping[str, Any]] | None = None,
     own_evaluation: Mapping[str, Any] | None = None,
     training_key: str | None = None,
+    made_by: str | None = None,
 ) -> AdapterVersion:
     """Store an adapter folder as a version of ``task``; safe to repeat.
 
@@ -80,6 +82,7 @@ def store_adapter(
         evaluation_rows: Test rows, so that anybody can measure again without the original data.
         own_evaluation: ``Evaluation`` of this adapter on those rows, as JSON values.
         training_key: Key of the training that made the adapter.
+        made_by: Who trained it or brought it in; added to those recorded before.
 
     Raises:
         AdapterFormatError: If the folder is no adapter that can be read.
@@ -98,8 +101,14 @@ def store_adapter(
         own_evaluation=None if own_evaluation is None else dict(own_evaluation),
         source=source,
         training_key=training_key,
+        made_by=() if made_by is None else (check_name(made_by, "name"),),
     )
     return _record(store, version)
+
+
+def add_maker(store: ObjectStore, version: AdapterVersion, made_by: str) -> AdapterVersion:
+    """Note that ``made_by``, too, asked for this version; returns it as recorded."""
+    return _record(store, version.model_copy(update={"made_by": (check_name(made_by, "name"),)}))
 
 
 def load_adapter_version(store: ObjectStore, base_model: str, task: str, digest: str) -> AdapterVersion:
@@ -214,7 +223,8 @@ def _updated(known: AdapterVersion, new: AdapterVersion) -> AdapterVersion:
     """``known`` with what ``new`` says about the task, its measurement and its training."""
     fields = ("task_definition", "evaluation_rows", "own_evaluation", "training_key")
     given = {field: value for field in fields if (value := getattr(new, field)) is not None}
-    return known.model_copy(update=given)
+    made_by = tuple(sorted({*known.made_by, *new.made_by}))
+    return known.model_copy(update=given | {"made_by": made_by})
 
 
 def _bytes(version: AdapterVersion) -> bytes:

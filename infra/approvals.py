@@ -1,83 +1,87 @@
-"""The release manager's word on a candidate: a signed approval, or a rejection. Either is final.
+"""The release managers' word on a candidate: signed approvals, or a rejection. Either is final.
 
-An approval signs the bundle's id, the gate report and the record that holds it; through these it binds the
-manifest, every file, the gates' rules and every measurement.
+An approval signs the bundle's id, the gate report, the record that holds it and the policy; through these it binds
+the manifest, every file, the gates' rules, every measurement, and who else must approve.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Literal, cast
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from hydraopt.errors import RecordError, RefusedError
 from hydraopt.evaluation.gates import GateReport
 from hydraopt.names import check_name
+from infra.adapter_store import load_adapter_version, version_key
+from infra.approvers import Approvers
 from infra.bundle_store import read_manifest
 from infra.evidence import check_judgement, find_record, parse_judgement
 from infra.object_store import ObjectStore
 from infra.records import (
-    Record,
     append_record,
     check_bundle,
     create_record,
     latest_record,
     now,
+    read_json,
     read_record,
     read_records,
 )
-from infra.signatures import key_id, open_signed, sign
+from infra.sign_off import APPROVAL, SignOff, count_approvals, open_approval, released_at, require
+from infra.signatures import key_id, sign
 
-APPROVAL = "hydraopt.approval/1"
 _LONGEST_REASON = 2000
 
 Decision = Literal["approved", "rejected"]
-Trusted = Mapping[str, Ed25519PublicKey]
-"""Public key by name of everybody whose approval counts."""
 
 
-def approve(  # noqa: PLR0917 - a sentence: who signs what with which key, trusted by whom
-    store: ObjectStore, name: str, bundle_id: str, who: str, key: Ed25519PrivateKey, trusted: Trusted
+def approve(  # noqa: PLR0917 - a sentence: who signs what with which key, among whom
+    store: ObjectStore, name: str, bundle_id: str, who: str, key: Ed25519PrivateKey, approvers: Approvers
 ) -> dict[str, Any]:
     """Record that ``who`` approves a candidate whose gates passed; safe to repeat.
 
+    It is signed off for good once as many people approved as the policy wants; until then it may be rejected.
+
     Returns:
-        What was signed; of an earlier approval, if there is a valid one.
+        What was signed; of the same person's earlier approval, if that counts.
 
     Raises:
-        RefusedError: If the gates failed, the candidate was rejected, or ``who`` is not trusted with this key.
+        RefusedError: If the gates failed, the candidate was rejected, or ``who`` may not approve it.
         RecordError: If the candidate does not exist, or its records do not hold together.
     """
     check_name(who, "approver name")
-    _check_trusted(who, key, trusted)
-    read_manifest(store, name, bundle_id)
-    gated = latest_record(store, name, bundle_id, "gated")
-    if gated is None:
+    _check_trusted(who, key, approvers)
+    if not approvers.terms.self_approval and who.casefold() in {
+        one.casefold() for one in makers(store, name, bundle_id)
+    }:
         raise RefusedError(
-            f"bundle {bundle_id} of {name!r} was not judged by the gates yet: run `hydraopt reconcile`"
+            f"{who!r} trained or brought in an adapter of bundle {bundle_id}, and the policy of {name!r} forbids "
+            "self-approval: another approver must sign"
         )
-    report = check_judgement(store, name, bundle_id, gated)
-    _check_passed(report)
-    _decide(store, name, bundle_id, "approved", who)
-    for record in read_records(store, name, bundle_id, "approved"):
-        try:
-            return _open(record, name, bundle_id, trusted)
-        except RecordError:
-            continue  # signed by somebody who is not trusted (any more): ours comes after it
-    payload = {
-        "schema": APPROVAL,
-        "name": name,
-        "bundle_id": bundle_id,
-        "decision": "approved",
-        "gate_report_sha256": parse_judgement(gated).report_sha256,
-        "gated_sha256": gated.sha256,
-        "as": who,
-        "time": now(),
-    }
-    content = {"signed": sign(payload, key)}
-    append_record(store, name, bundle_id, "approved", content, unless_same=("signed",))
-    return payload
+    return _approve(store, name, bundle_id, who, key, approvers, asserted=False)
+
+
+def approve_asserted(  # noqa: PLR0917 - the same sentence
+    store: ObjectStore, name: str, bundle_id: str, who: str, key: Ed25519PrivateKey, approvers: Approvers
+) -> dict[str, Any]:
+    """Record what somebody who calls himself ``who`` said in a form, signed with the service's own ``key``.
+
+    Raises:
+        RefusedError: If the policy does not count such approvals, or as for :func:`approve`.
+    """
+    check_name(who, "approver name")
+    terms = approvers.terms
+    if terms.asserted == 0:
+        raise RefusedError(
+            f"the policy of bundle {name!r} counts no approval from a form: use `hydraopt approve`, or give "
+            "`asserted: 1` in its approval section"
+        )
+    if terms.approvers is not None and who not in terms.approvers:
+        raise RefusedError(f"{who!r} may not approve {name!r}: its policy names {', '.join(terms.approvers)}")
+    if key_id(key) not in {key_id(one) for one in approvers.services.values()}:
+        raise RefusedError("this service's key is not trusted here: an approval with it would not count")
+    return _approve(store, name, bundle_id, who, key, approvers, asserted=True)
 
 
 def reject(store: ObjectStore, name: str, bundle_id: str, who: str, reason: str) -> dict[str, Any]:
@@ -96,60 +100,147 @@ def reject(store: ObjectStore, name: str, bundle_id: str, who: str, reason: str)
     return create_record(store, name, bundle_id, "rejected", {"as": who, "reason": reason}).content
 
 
-def read_approval(store: ObjectStore, name: str, bundle_id: str, trusted: Trusted) -> dict[str, Any]:
-    """What a trusted approver signed about exactly this bundle. Needs no more than reading rights.
+def read_sign_off(store: ObjectStore, name: str, bundle_id: str, approvers: Approvers) -> SignOff:
+    """The approvals of a released bundle, as a device counts them. Needs no more than reading rights.
 
     Raises:
-        RefusedError: If the bundle was rejected, or nobody approved it.
+        RefusedError: If the bundle was rejected, or too few approved it.
         RecordError: If there are approvals, but none that a trusted key signed for this bundle.
+    """
+    check_not_rejected(store, name, bundle_id)
+    released = released_at(store, name, bundle_id)
+    return require(count_approvals(store, name, bundle_id, approvers, released=released), bundle_id, name)
+
+
+def verify_sign_off(
+    store: ObjectStore, name: str, bundle_id: str, approvers: Approvers, *, released: bool = False
+) -> SignOff:
+    """Check the approvals with all they rest on, as if nobody had checked before.
+
+    The signatures, the policy, the manifest, the gate reports, and the gates judged again from the recorded
+    measurements.
+
+    Args:
+        store: Where.
+        name: Bundle name.
+        bundle_id: Bundle id.
+        approvers: Whose word counts.
+        released: Whether it was released before: approvals that were in time then stay good.
+
+    Raises:
+        RefusedError: If the bundle was rejected, too few approvals count, or gates failed.
+        RecordError: If anything was changed since the approvals, or no trusted key signed them.
+    """
+    check_not_rejected(store, name, bundle_id)
+    at = released_at(store, name, bundle_id) if released else None
+    made = makers(store, name, bundle_id)
+    sign_off = require(count_approvals(store, name, bundle_id, approvers, made, released=at), bundle_id, name)
+    for sha256 in sign_off.gated_sha256:
+        gated = find_record(store, name, bundle_id, "gated", sha256)
+        if gated is None:
+            raise RecordError(
+                f"the gate report of bundle {bundle_id} is gone or was changed after it was approved"
+            )
+        _check_passed(check_judgement(store, name, bundle_id, gated))
+        if parse_judgement(gated).report_sha256 not in sign_off.gate_report_sha256:
+            raise RecordError(f"the approval of bundle {bundle_id} names another gate report")
+    newest = latest_record(store, name, bundle_id, "gated")
+    if newest is not None and newest.sha256 not in sign_off.gated_sha256:
+        _check_passed(parse_judgement(newest).report)
+    return sign_off
+
+
+def conclude(store: ObjectStore, name: str, bundle_id: str, sign_off: SignOff) -> None:
+    """Make a complete sign-off the one decision there is, before anything is published on it.
+
+    Raises:
+        RefusedError: If somebody rejected the bundle meanwhile.
+    """
+    _decide(store, name, bundle_id, "approved", ", ".join(sign_off.by))
+
+
+def check_not_rejected(store: ObjectStore, name: str, bundle_id: str) -> None:
+    """Refuse a bundle that was rejected.
+
+    Raises:
+        RefusedError: If it was.
     """
     check_bundle(name, bundle_id)
     if read_record(store, name, bundle_id, "rejected") or _decision(store, name, bundle_id) == "rejected":
         raise RefusedError(f"bundle {bundle_id} of {name!r} was rejected: it must not be used")
-    problem: RecordError | None = None
-    for record in read_records(store, name, bundle_id, "approved"):
-        try:
-            return _open(record, name, bundle_id, trusted)
-        except RecordError as error:
-            problem = error
-    if problem:
-        raise problem
-    raise RefusedError(
-        f"bundle {bundle_id} of {name!r} is not approved: run `hydraopt approve {bundle_id[:12]} --as WHO --key FILE`"
-    )
 
 
-def verify_approval(store: ObjectStore, name: str, bundle_id: str, trusted: Trusted) -> dict[str, Any]:
-    """Check an approval with all it rests on, as if nobody had checked before; return what was signed.
+def makers(store: ObjectStore, name: str, bundle_id: str) -> set[str]:
+    """Who trained or brought in the adapters of a stored bundle, as their records say."""
+    manifest = read_manifest(store, name, bundle_id)
+    made: set[str] = set()
+    for task, digest in manifest.adapters.items():
+        if read_json(store, version_key(manifest.base_model.name, task, digest)) is not None:
+            made |= set(load_adapter_version(store, manifest.base_model.name, task, digest).made_by)
+    return made
 
-    The signature, the manifest, the gate report, and the gates judged again from the recorded measurements.
 
-    Raises:
-        RefusedError: If the bundle was rejected or not approved, or gates failed.
-        RecordError: If anything was changed since the approval, or no trusted key signed it.
-    """
-    payload = read_approval(store, name, bundle_id, trusted)
+def _approve(  # noqa: PLR0917 - as approve
+    store: ObjectStore,
+    name: str,
+    bundle_id: str,
+    who: str,
+    key: Ed25519PrivateKey,
+    approvers: Approvers,
+    *,
+    asserted: bool,
+) -> dict[str, Any]:
     read_manifest(store, name, bundle_id)
-    gated = find_record(store, name, bundle_id, "gated", str(payload.get("gated_sha256")))
+    gated = latest_record(store, name, bundle_id, "gated")
     if gated is None:
-        raise RecordError(
-            f"the gate report of bundle {bundle_id} is gone or was changed after {payload['as']!r} approved it"
+        raise RefusedError(
+            f"bundle {bundle_id} of {name!r} was not judged by the gates yet: run `hydraopt reconcile`"
         )
-    report = check_judgement(store, name, bundle_id, gated)
-    if parse_judgement(gated).report_sha256 != payload.get("gate_report_sha256"):
-        raise RecordError(f"the approval of bundle {bundle_id} names another gate report")
-    _check_passed(report)
-    newest = latest_record(store, name, bundle_id, "gated")
-    if newest is not None and newest.sha256 != gated.sha256:
-        _check_passed(parse_judgement(newest).report)
+    _check_passed(check_judgement(store, name, bundle_id, gated))
+    if _decision(store, name, bundle_id) == "rejected":
+        _decide(store, name, bundle_id, "approved", who)  # says who rejected it
+    made = makers(store, name, bundle_id)
+    sign_off = count_approvals(store, name, bundle_id, approvers, made)
+    payload = _own(store, name, bundle_id, who, approvers, sign_off)
+    if payload is None:
+        payload = {
+            "schema": APPROVAL,
+            "name": name,
+            "bundle_id": bundle_id,
+            "decision": "approved",
+            "gate_report_sha256": parse_judgement(gated).report_sha256,
+            "gated_sha256": gated.sha256,
+            "policy": approvers.terms.model_dump(mode="json"),
+            "policy_sha256": approvers.terms.sha256,
+            "as": who,
+            "asserted": asserted,
+            "time": now(),
+        }
+        content = {"signed": sign(payload, key)}
+        append_record(store, name, bundle_id, "approved", content, unless_same=("signed",))
+        sign_off = count_approvals(store, name, bundle_id, approvers, made)
+    if sign_off.complete:
+        conclude(store, name, bundle_id, sign_off)
     return payload
 
 
-def _check_trusted(who: str, key: Ed25519PrivateKey, trusted: Trusted) -> None:
-    known = trusted.get(who)
+def _own(  # noqa: PLR0917 - private, and called once
+    store: ObjectStore, name: str, bundle_id: str, who: str, approvers: Approvers, sign_off: SignOff
+) -> dict[str, Any] | None:
+    """What ``who`` signed before, if it counts."""
+    for record in read_records(store, name, bundle_id, "approved"):
+        if record.sha256 in sign_off.records:
+            approval = open_approval(record, name, bundle_id, approvers)
+            if approval.who == who:
+                return approval.payload
+    return None
+
+
+def _check_trusted(who: str, key: Ed25519PrivateKey, approvers: Approvers) -> None:
+    known = approvers.people.get(who)
     if known is None or key_id(known) != key_id(key):
         raise RefusedError(
-            f"this key is not trusted as {who!r} here (trusted: {', '.join(sorted(trusted)) or 'nobody'}): "
+            f"this key is not trusted as {who!r} here (trusted: {', '.join(sorted(approvers.people)) or 'nobody'}): "
             "an approval with it would not count. Make and trust a key with `hydraopt keygen`"
         )
 
@@ -176,22 +267,3 @@ def _decide(store: ObjectStore, name: str, bundle_id: str, decision: Decision, w
 def _decision(store: ObjectStore, name: str, bundle_id: str) -> Decision | None:
     record = read_record(store, name, bundle_id, "decided")
     return cast("Decision", record.content.get("decision")) if record else None
-
-
-def _open(record: Record, name: str, bundle_id: str, trusted: Trusted) -> dict[str, Any]:
-    """What one approval record says, if a trusted key signed it for this bundle."""
-    payload, who = open_signed(record.content.get("signed"), trusted)
-    expected = {
-        "schema": APPROVAL,
-        "name": name,
-        "bundle_id": bundle_id,
-        "decision": "approved",
-        "as": who,
-    }
-    for field, value in expected.items():
-        if payload.get(field) != value:
-            raise RecordError(
-                f"the approval stored for bundle {bundle_id} of {name!r} says {field} {payload.get(field)!r}, "
-                f"expected {value!r}: it was made for something else"
-            )
-    return payload

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from hydraopt.errors import RecordError
 from hydraopt.names import check_name
-from infra.approvals import approve, read_approval, reject, verify_approval
+from infra.approvals import approve, makers, reject
+from infra.approvers import Approvers
 from infra.bundle_store import claim_fingerprint, find_by_fingerprint, read_manifest, upload_bundle
 from infra.evidence import read_evidence, read_gate_report, write_evidence, write_gate_report
 from infra.object_store import ObjectStore
 from infra.records import State, read_record
+from infra.sign_off import SignOff, count_approvals
 
 CandidateState = Literal["merged", "gated-failed", "awaiting-approval", "approved", "rejected", "published"]
 
@@ -37,10 +40,20 @@ class CandidateStatus(BaseModel):
     failures: tuple[str, ...] = Field((), description="What the gates found wrong.")
     decided_by: str | None = Field(None, description="Who approved or rejected it.")
     reason: str | None = Field(None, description="Why it was rejected.")
+    approvals: int | None = Field(None, description="How many approvals count; None where nobody counted.")
+    approvals_needed: int | None = Field(None, description="How many the policy wants.")
+    approved_by: tuple[str, ...] = Field((), description="Whose approval counts.")
 
 
-def list_candidates(store: ObjectStore, name: str | None = None) -> list[CandidateStatus]:
+def list_candidates(
+    store: ObjectStore, name: str | None = None, approvers_of: Callable[[str], Approvers] | None = None
+) -> list[CandidateStatus]:
     """Every candidate (of one bundle name), newest first.
+
+    Args:
+        store: Where.
+        name: Bundle name; None: all.
+        approvers_of: Whose word counts for a bundle name: then approvals are counted for what is not published.
 
     Raises:
         RecordError: If a record is damaged.
@@ -51,7 +64,7 @@ def list_candidates(store: ObjectStore, name: str | None = None) -> list[Candida
         parts = key.split("/")
         if len(parts) == 4:
             states[parts[1], parts[2]].add(re.split(r"[-.]", parts[3])[0])
-    found = [_status(store, *which, seen) for which, seen in states.items() if "merged" in seen]
+    found = [_status(store, *which, seen, approvers_of) for which, seen in states.items() if "merged" in seen]
     return sorted(found, key=lambda one: (one.merged_at, one.bundle_id), reverse=True)
 
 
@@ -83,14 +96,24 @@ def resolve(store: ObjectStore, id_prefix: str, name: str | None = None) -> tupl
     return found[0]
 
 
-def _status(store: ObjectStore, name: str, bundle_id: str, seen: set[str]) -> CandidateStatus:
+def _status(
+    store: ObjectStore,
+    name: str,
+    bundle_id: str,
+    seen: set[str],
+    approvers_of: Callable[[str], Approvers] | None,
+) -> CandidateStatus:
     def content(state: State) -> dict[str, Any]:
         record = read_record(store, name, bundle_id, state) if state in seen else None
         return record.content if record else {}
 
     merged, decided, published = content("merged"), content("decided"), content("published")
     report = read_gate_report(store, name, bundle_id) if "gated" in seen else None
-    decision = decided.get("decision")
+    decision, sign_off = decided.get("decision"), None
+    if approvers_of is not None and report is not None and report.passed and not published:
+        sign_off = _count(store, name, bundle_id, approvers_of(name))
+        if decision != "rejected":
+            decision = "approved" if sign_off.complete else None
     try:
         return CandidateStatus(
             name=name,
@@ -104,9 +127,17 @@ def _status(store: ObjectStore, name: str, bundle_id: str, seen: set[str]) -> Ca
             failures=tuple(one.reason for one in report.verdicts if not one.passed) if report else (),
             decided_by=decided.get("as"),
             reason=content("rejected").get("reason"),
+            approvals=len(sign_off.by) if sign_off else None,
+            approvals_needed=sign_off.needed if sign_off else None,
+            approved_by=sign_off.by if sign_off else (),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise RecordError(f"the records of bundle {bundle_id} of {name!r} are damaged") from error
+
+
+def _count(store: ObjectStore, name: str, bundle_id: str, approvers: Approvers) -> SignOff:
+    made = makers(store, name, bundle_id)
+    return count_approvals(store, name, bundle_id, approvers, made)
 
 
 def _state(published: dict[str, Any], decision: Any, passed: bool | None) -> CandidateState:
@@ -126,14 +157,12 @@ __all__ = [
     "claim_fingerprint",
     "find_by_fingerprint",
     "list_candidates",
-    "read_approval",
     "read_evidence",
     "read_gate_report",
     "read_manifest",
     "reject",
     "resolve",
     "upload_bundle",
-    "verify_approval",
     "write_evidence",
     "write_gate_report",
 ]

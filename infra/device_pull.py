@@ -21,7 +21,8 @@ import hydraopt
 from hydraopt.bundle.contents import parse_manifest
 from hydraopt.bundle.layout import MANIFEST_FILE, FileEntry
 from hydraopt.errors import HydraoptError, RecordError, ServiceError
-from infra.approvals import Trusted, read_approval
+from infra.approvals import read_sign_off
+from infra.approvers import Approvers
 from infra.atomic_files import sync_folder, write_atomically
 from infra.blobs import BlobRef, measure
 from infra.bundle_store import read_manifest_bytes
@@ -57,7 +58,7 @@ def pull(  # noqa: PLR0917 - progress comes last in every verb
     name: str,
     channel: str,
     out: Path,
-    trusted: Trusted,
+    approvers: Approvers,
     progress: Progress | None = None,
 ) -> Pulled:
     """Make ``out`` the bundle that ``channel`` shows. Needs no more than reading rights on the store.
@@ -67,7 +68,7 @@ def pull(  # noqa: PLR0917 - progress comes last in every verb
         name: Bundle name.
         channel: Channel to follow.
         out: Where the bundle should be; must not exist yet, be empty, or come from an earlier pull.
-        trusted: Public keys of those whose approval counts on this device.
+        approvers: Whose approval counts on this device.
         progress: Told after every file.
 
     Raises:
@@ -84,7 +85,7 @@ def pull(  # noqa: PLR0917 - progress comes last in every verb
         raise RecordError(
             f"channel {channel!r} of {name!r} shows another bundle than its version's: changed?"
         )
-    read_approval(store, name, pointer.bundle_id, trusted)
+    read_sign_off(store, name, pointer.bundle_id, approvers)
     data = read_manifest_bytes(store, name, pointer.bundle_id)
     try:
         with _home_of(out) as home:

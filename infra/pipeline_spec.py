@@ -13,6 +13,7 @@ from hydraopt.evaluation.gates import GateRules
 from hydraopt.evaluation.yaml_file import explain, read_yaml
 from hydraopt.merging.recipe import Recipe
 from hydraopt.names import check_name, check_task_name, slug
+from infra.approval_policy import ApprovalPolicy
 
 FOLDER = "bundles"
 """Where the files lie, below the home folder."""
@@ -37,6 +38,9 @@ class BundleSpec(BaseModel):
     recipe: Recipe = Field(default_factory=lambda: Recipe(budget=DEFAULT_BUDGET), description="How to merge.")
     gates: GateRules = Field(default_factory=GateRules, description="What a candidate must pass.")
     channel: str = Field("stable", description="Where an approved bundle is published.")
+    approval: ApprovalPolicy | None = Field(
+        None, description="Who must approve; None: one person whose key is trusted."
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -14,7 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from hydraopt.bundle.layout import Manifest
 from hydraopt.errors import RecordError
 from hydraopt.names import check_name
-from infra.approvals import Trusted, verify_approval
+from infra.approvals import conclude, verify_sign_off
+from infra.approvers import Approvers
 from infra.blobs import BlobRef, Digest
 from infra.bundle_store import read_manifest
 from infra.channels import Move, live, move, settle
@@ -50,7 +51,13 @@ class VersionClaim(BaseModel):
 
 
 def publish(
-    store: ObjectStore, name: str, bundle_id: str, channel: str, trusted: Trusted, *, by: str | None = None
+    store: ObjectStore,
+    name: str,
+    bundle_id: str,
+    channel: str,
+    approvers: Approvers,
+    *,
+    by: str | None = None,
 ) -> Published:
     """Give an approved bundle its version number and make it live on a channel; safe to repeat and to race.
 
@@ -63,7 +70,8 @@ def publish(
     """
     check_bundle(name, bundle_id)
     check_name(channel, "channel")
-    approval = verify_approval(store, name, bundle_id, trusted)
+    sign_off = verify_sign_off(store, name, bundle_id, approvers)
+    conclude(store, name, bundle_id, sign_off)
     _check_files(store, bundle_id, read_manifest(store, name, bundle_id))
     version = _claim_version(store, name, bundle_id)
     before = settle(store, name, channel)
@@ -71,7 +79,7 @@ def publish(
     def next_move(newest: Move | None) -> Move | None:
         if newest is not None and version <= max(newest.published):
             return None
-        return _following(newest, "publish", version, bundle_id, by=by or str(approval["as"]), reason=None)
+        return _following(newest, "publish", version, bundle_id, by=by or ", ".join(sign_off.by), reason=None)
 
     newest = move(store, name, channel, next_move)
     if newest is None:
@@ -84,7 +92,7 @@ def rollback(
     store: ObjectStore,
     name: str,
     channel: str,
-    trusted: Trusted,
+    approvers: Approvers,
     *,
     to: int | None = None,
     by: str | None = None,
@@ -107,7 +115,7 @@ def rollback(
             f"(there were {_numbers(newest)}): only a published version can come back"
         )
     bundle_id = read_version(store, name, version).bundle_id
-    verify_approval(store, name, bundle_id, trusted)
+    verify_sign_off(store, name, bundle_id, approvers, released=True)
     _check_files(store, bundle_id, read_manifest(store, name, bundle_id))
 
     def next_move(current: Move | None) -> Move | None:

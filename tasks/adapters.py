@@ -13,6 +13,7 @@ from hydraopt.training.finetune import finetune, training_key
 from infra.adapter_registry import AdapterRegistry
 from infra.adapter_store import (
     AdapterVersion,
+    add_maker,
     fetch_adapter,
     find_training,
     load_adapter_version,
@@ -78,6 +79,7 @@ def keep_adapter(
     evaluation: Evaluation | None,
     source: str,
     trained_as: str | None = None,
+    made_by: str | None = None,
 ) -> AdapterVersion:
     """Put an adapter, its job and its measurement into the object store."""
     store = object_store(settings)
@@ -90,10 +92,17 @@ def keep_adapter(
         own_evaluation=evaluation.model_dump(mode="json") if evaluation else None,
         source=source,
         training_key=trained_as,
+        made_by=made_by,
     )
     if trained_as is not None:
         note_training(store, trained_as, version)
     return version
+
+
+@verb(task_run_name="note who asked for {version.task}")
+def note_maker(settings: Settings, version: AdapterVersion, made_by: str) -> AdapterVersion:
+    """Remember somebody who asked for a version that was there already."""
+    return add_maker(object_store(settings), version, made_by)
 
 
 @verb(task_run_name="register adapter {version.task}")

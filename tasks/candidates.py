@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from hydraopt.evaluation.gates import GateReport
 from hydraopt.evaluation.result import Evaluation
+from infra.approvers import approvers_of
 from infra.bundle_registry import BundleRegistry
 from infra.bundle_store import claim_fingerprint, find_by_fingerprint, read_manifest, upload_bundle
 from infra.candidates import CandidateStatus, list_candidates
@@ -89,4 +91,4 @@ def show_candidate(settings: Settings, desired: DesiredSet, bundle_id: str, repo
 @verb(task_run_name="list candidates")
 def read_candidates(settings: Settings) -> list[CandidateStatus]:
     """Where every candidate stands."""
-    return list_candidates(object_store(settings))
+    return list_candidates(object_store(settings), None, partial(approvers_of, settings.home))

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from infra.approvers import trusted
+from infra.approvals import verify_sign_off
+from infra.approvers import approvers_of
 from infra.bundle_registry import BundleRegistry
-from infra.candidates import verify_approval
 from infra.publishing import Published, live, publish, rollback, rollback_target
 from infra.settings import Settings
+from infra.sign_off import SignOff
 from tasks.store import object_store
 from tasks.verb import verb
 
 
-@verb(task_run_name="verify the approval of {name} {bundle_id}")
-def check_approval(settings: Settings, name: str, bundle_id: str) -> dict[str, Any]:
-    """What was signed; refuses if anything it rests on changed, or no trusted key signed it."""
-    return verify_approval(object_store(settings), name, bundle_id, trusted(settings.home))
+@verb(task_run_name="verify the approvals of {name} {bundle_id}")
+def check_sign_off(settings: Settings, name: str, bundle_id: str) -> SignOff:
+    """Who signed; refuses if anything the approvals rest on changed, or too few of them count."""
+    return verify_sign_off(object_store(settings), name, bundle_id, approvers_of(settings.home, name))
 
 
 @verb(task_run_name="publish {name} {bundle_id}")
 def publish_bundle(settings: Settings, name: str, bundle_id: str, channel: str) -> Published:
     """Give the bundle its version and make it live; a second call changes nothing."""
-    return publish(object_store(settings), name, bundle_id, channel, trusted(settings.home))
+    return publish(object_store(settings), name, bundle_id, channel, approvers_of(settings.home, name))
 
 
 @verb(task_run_name="find the version to go back to")
@@ -34,7 +33,7 @@ def choose_former_version(settings: Settings, name: str, channel: str) -> int:
 @verb(task_run_name="roll {name} back to version {to}")
 def move_back(settings: Settings, name: str, channel: str, to: int) -> Published:
     """Point the channel at a version that was live before."""
-    return rollback(object_store(settings), name, channel, trusted(settings.home), to=to)
+    return rollback(object_store(settings), name, channel, approvers_of(settings.home, name), to=to)
 
 
 @verb(task_run_name="show what is live of {name} in MLflow")

@@ -40,6 +40,8 @@ _PIPELINE = {
     "finetune": "Train an adapter for a task and register it.",
     "ingest": "Bring a finished adapter into the registry.",
     "reconcile": "Bring the candidate bundle up to date with the adapters, now.",
+}
+_RELEASE = {
     "candidates": "List bundles and where each stands.",
     "approve": "Sign a candidate off and release it.",
     "reject": "Turn a candidate down for good.",
@@ -51,6 +53,7 @@ _PIPELINE = {
 COMMANDS: dict[str, _Command] = {
     **{name: _Command("flows.command_line.library", text) for name, text in _LIBRARY.items()},
     **{name: _Command("flows.command_line.pipeline", text) for name, text in _PIPELINE.items()},
+    **{name: _Command("flows.command_line.release_manager", text) for name, text in _RELEASE.items()},
     "demo": _Command("flows.command_line.demo", "All of it on a small real example, start to finish."),
 }
 """Where each command lives: the module holds a click command under the command's own name."""
@@ -73,7 +76,7 @@ class _LazyGroup(click.Group):
         """Write the commands by section, without importing any."""
         sections = {
             "Library (no server needed)": list(_LIBRARY),
-            "Pipeline": [*_PIPELINE, "demo"],
+            "Pipeline": [*_PIPELINE, *_RELEASE, "demo"],
         }
         for title, names in sections.items():
             with formatter.section(title):

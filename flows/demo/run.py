@@ -187,7 +187,7 @@ class _Story:
         """Sign and publish; returns the version."""
         from flows.demo.material import APPROVER, BUNDLE, CHANNEL, approver_key
         from flows.release import release
-        from infra.approvers import trusted
+        from infra.approvers import approvers_of
         from infra.candidates import approve
         from infra.object_store import ObjectStore
         from infra.signatures import load_private_key
@@ -195,7 +195,7 @@ class _Story:
         with self._station(f"{APPROVER} approves, the release flow publishes"):
             key = load_private_key(approver_key(self.settings))
             store = ObjectStore(self.settings)
-            approve(store, BUNDLE, bundle_id, APPROVER, key, trusted(self.settings.home))
+            approve(store, BUNDLE, bundle_id, APPROVER, key, approvers_of(self.settings.home, BUNDLE))
             result = release(BUNDLE, bundle_id, CHANNEL)
         how = "now" if result["moved"] else "in an earlier run"
         self._say(
@@ -206,7 +206,7 @@ class _Story:
     def _pull(self, check: str | None) -> None:
         """Do what a device does; ``check`` is the bundle whose measured score must be met again."""
         from flows.demo.material import BUNDLE, CHANNEL
-        from infra.approvers import trusted
+        from infra.approvers import approvers_of
         from infra.device_pull import pull
         from infra.object_store import ObjectStore
 
@@ -214,7 +214,12 @@ class _Story:
         with self._station("A device pulls") as progress:
             out.parent.mkdir(parents=True, exist_ok=True)
             pulled = pull(
-                ObjectStore(self.settings), BUNDLE, CHANNEL, out, trusted(self.settings.home), progress
+                ObjectStore(self.settings),
+                BUNDLE,
+                CHANNEL,
+                out,
+                approvers_of(self.settings.home, BUNDLE),
+                progress,
             )
         self._say(
             f"version {pulled.version}: fetched {pulled.fetched_files} files ({pulled.fetched_bytes:,} bytes), "

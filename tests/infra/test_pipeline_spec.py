@@ -103,3 +103,26 @@ def test_the_default_name_is_always_allowed(base_model, name):
 def test_defaults_never_share_a_name(tmp_path):
     with pytest.raises(TaskFileError, match=r"'here/model' and 'there/model' both lead to .* 'model'"):
         desired_specs(tmp_path, ["here/model", "there/model"])
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ("{needed: 0}", "needed"),
+        ("{needed: 3, approvers: [ana, bo]}", "only 2 may give one"),
+        ("{approvers: [ana, Ana]}", "twice"),
+        ("{approvers: [../ana]}", "not allowed"),
+        ("{approvers: [ana], keys: {bo: x}}", "no approvers: bo"),
+        ("{keys: {ana: x}}", "no public key"),
+        ("{expires_days: .inf}", "expires_days"),
+        ("{need: 2}", "not a known key"),
+    ],
+)
+def test_a_policy_nobody_can_meet_is_refused(tmp_path, section, said):
+    path = write(tmp_path, "a.yaml", f"name: a\nbase_model: {MODEL}\napproval: {section}\n")
+    with pytest.raises(TaskFileError, match=said):
+        BundleSpec.load(path)
+
+
+def test_without_a_policy_one_trusted_person_is_enough(tmp_path):
+    assert BundleSpec.load(write(tmp_path, "a.yaml", f"name: a\nbase_model: {MODEL}\n")).approval is None

@@ -16,7 +16,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 import hydraopt
 from hydraopt.evaluation.gates import GateReport, GateRules
 from hydraopt.evaluation.result import Evaluation
-from infra.approvals import Trusted, approve
+from infra.approvals import approve
+from infra.approvers import Approvers
 from infra.bundle_store import upload_bundle
 from infra.evidence import write_evidence, write_gate_report
 from infra.object_store import ObjectStore
@@ -92,8 +93,8 @@ class Manager:
     bundle_folder: Callable[[int], Path]
 
     @property
-    def trusted(self) -> Trusted:
-        return {self.who: self.key.public_key()}
+    def trusted(self) -> Approvers:
+        return Approvers({self.who: self.key.public_key()})
 
     def merged(self, seed: int) -> str:
         return upload_bundle(self.store, self.name, self.bundle_folder(seed))
@@ -101,11 +102,15 @@ class Manager:
     def judged(self, seed: int, value: float = 0.8) -> tuple[str, GateReport]:
         """A stored bundle with evidence and gate report; ``value``: the score of task b with the bundle."""
         bundle_id = self.merged(seed)
+        return bundle_id, self.judge(bundle_id, value)
+
+    def judge(self, bundle_id: str, value: float = 0.8) -> GateReport:
+        """Measure and judge a stored bundle of the tasks a and b."""
         own = {task: measured(task) for task in ("a", "b")}
         write_evidence(
             self.store, self.name, bundle_id, own=own, merged={"a": measured("a"), "b": measured("b", value)}
         )
-        return bundle_id, write_gate_report(self.store, self.name, bundle_id, RULES)
+        return write_gate_report(self.store, self.name, bundle_id, RULES)
 
     def approved(self, seed: int) -> str:
         bundle_id, _ = self.judged(seed)

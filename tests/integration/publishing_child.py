@@ -16,6 +16,7 @@ from hydraopt.bundle import Bundle
 from hydraopt.evaluation.gates import GateRules
 from hydraopt.evaluation.result import Evaluation
 from infra.approvals import approve
+from infra.approvers import Approvers
 from infra.bundle_store import upload_bundle
 from infra.evidence import write_evidence, write_gate_report
 from infra.object_store import ObjectStore
@@ -27,7 +28,7 @@ from infra.signatures import load_private_key
 def release(store: ObjectStore, name: str, key_file: Path, folder: Path) -> None:
     """Everything from a merged bundle to a live one."""
     key = load_private_key(key_file)
-    trusted = {"alice": key.public_key()}
+    trusted = Approvers({"alice": key.public_key()})
     bundle_id = upload_bundle(store, name, folder)
     measured = {
         task: Evaluation(

@@ -12,7 +12,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from hydraopt.errors import BundleError, HydraoptError, RecordError, RefusedError
 from hydraopt.evaluation.gates import judge
-from infra.approvals import approve, reject, verify_approval
+from infra.approvals import approve, reject, verify_sign_off
+from infra.approvers import Approvers
 from infra.bundle_store import claim_fingerprint, find_by_fingerprint, upload_bundle
 from infra.candidates import list_candidates, resolve
 from infra.evidence import read_evidence, read_gate_report, write_evidence, write_gate_report
@@ -30,7 +31,8 @@ def change(store, key, edit):
 
 
 def verify(manager, bundle_id, trusted=None):
-    return verify_approval(manager.store, manager.name, bundle_id, trusted or manager.trusted)
+    approvers = Approvers(trusted) if trusted else manager.trusted
+    return verify_sign_off(manager.store, manager.name, bundle_id, approvers)
 
 
 def test_uploading_again_changes_nothing(manager):
@@ -61,9 +63,9 @@ def test_first_bundle_of_a_set_is_the_one(manager):
 
 def test_approval_verifies_and_repeats(manager):
     bundle_id, report = manager.judged(1)
-    approve(manager.store, manager.name, bundle_id, manager.who, manager.key, manager.trusted)
-    payload = verify(manager, bundle_id)
-    assert (payload["as"], payload["gate_report_sha256"]) == ("alice", report.digest)
+    payload = approve(manager.store, manager.name, bundle_id, manager.who, manager.key, manager.trusted)
+    sign_off = verify(manager, bundle_id)
+    assert (sign_off.by, sign_off.gate_report_sha256) == (("alice",), (report.digest,))
     again = approve(manager.store, manager.name, bundle_id, manager.who, manager.key, manager.trusted)
     assert again == payload
 
@@ -133,7 +135,7 @@ def test_approval_counts_for_one_name_only(manager):
     data, _ = manager.store.read(manifest_key(manager.name, bundle_id))
     manager.store.create(manifest_key(elsewhere, bundle_id), data)
     with pytest.raises(RecordError, match="made for something else"):
-        verify_approval(manager.store, elsewhere, bundle_id, manager.trusted)
+        verify_sign_off(manager.store, elsewhere, bundle_id, manager.trusted)
 
 
 def test_strangers_key_does_not_count(manager):
@@ -158,7 +160,7 @@ def test_untrusted_key_cannot_take_the_place_of_an_approval(manager):
         record_key(manager.name, bundle_id, "approved"), canonical({"signed": sign({"a": 1}, stranger)})
     )
     approve(manager.store, manager.name, bundle_id, manager.who, manager.key, manager.trusted)
-    assert verify(manager, bundle_id)["as"] == "alice"
+    assert verify(manager, bundle_id).by == ("alice",)
 
 
 def test_failed_gates_cannot_be_approved(manager):

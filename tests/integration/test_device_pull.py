@@ -11,6 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 import hydraopt
 from hydraopt.errors import HydraoptError, RecordError, RefusedError
+from infra.approvers import Approvers
 from infra.blobs import BlobRef
 from infra.bundle_store import read_manifest
 from infra.channels import pointer_key
@@ -34,8 +35,8 @@ def release(manager, seed, channel="stable"):
 
 
 def pulled(manager, out, **changes):
-    arguments = {"store": manager.store, "trusted": manager.trusted} | changes
-    return pull(arguments["store"], manager.name, "stable", out, arguments["trusted"])
+    arguments = {"store": manager.store, "trusted": manager.trusted.keys} | changes
+    return pull(arguments["store"], manager.name, "stable", out, Approvers(arguments["trusted"]))
 
 
 def tree(folder):

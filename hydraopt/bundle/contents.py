@@ -33,9 +33,9 @@ from hydraopt.bundle.layout import (
     shared_blocks,
     task_file,
 )
-from hydraopt.precision import PRECISIONS, decode, vector_bytes
 from hydraopt.errors import BundleError, HydraoptError
 from hydraopt.names import check_task_name
+from hydraopt.precision import PRECISIONS, decode, vector_bytes
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -360,7 +360,9 @@ def _check_sizes(path: Path, manifest: Manifest, contents: BundleContents) -> No
     shared = sum(block.bytes for module in manifest.modules for block in shared_blocks(module, bits))
     wanted = {SHARED_FILE: (contents.shared, shared)}
     for index, task in enumerate(manifest.task_names):
-        blocks = [block for module in manifest.modules for block in head_blocks(module, module.heads[index], bits)]
+        blocks = [
+            block for module in manifest.modules for block in head_blocks(module, module.heads[index], bits)
+        ]
         wanted[task_file(task)] = (contents.heads[task], sum(block.bytes for block in blocks))
     for name, (tensor, length) in wanted.items():
         if tensor.shape != (length,) or tensor.dtype != torch.uint8:
@@ -396,7 +398,9 @@ class _Reader:
         return torch.cat(parts)
 
 
-def _chain(module: ModuleEntry, counts: Counts, own: list[Tensor], common: list[Tensor]) -> tuple[Tensor, ...]:
+def _chain(
+    module: ModuleEntry, counts: Counts, own: list[Tensor], common: list[Tensor]
+) -> tuple[Tensor, ...]:
     """The stored vectors as matrices whose product is the update; see the table in ``layout``."""
     d_out, d_in = module.shape
     if not any(counts):

@@ -30,8 +30,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from hydraopt.precision import core_bits, vector_bytes
 from hydraopt.merging.recipe import Recipe
+from hydraopt.precision import core_bits, vector_bytes
 
 SCHEMA = 2
 MANIFEST_FILE = "manifest.json"
@@ -75,7 +75,9 @@ class ModuleEntry(_Part):
         description="Per sorted task: counts of its directions; None where it leaves the module alone. "
         "For dense heads a single one stands at the precision of the whole head."
     )
-    groups: tuple[int, ...] = Field((), description="Group of each task, -1 for none, where tasks share heads.")
+    groups: tuple[int, ...] = Field(
+        (), description="Group of each task, -1 for none, where tasks share heads."
+    )
 
 
 class TaskEntry(_Part):
@@ -177,7 +179,9 @@ def shared_blocks(module: ModuleEntry, precisions: Sequence[int]) -> list[Block]
     """What the module stores for all tasks, in storage order."""
     d_out, d_in = module.shape
     lengths = {"shared-b": (d_out,), "separate": ()}.get(module.family, (d_in, d_out))
-    blocks = [_block(length, counts, precisions) for length, counts in zip(lengths, module.shared, strict=False)]
+    blocks = [
+        _block(length, counts, precisions) for length, counts in zip(lengths, module.shared, strict=False)
+    ]
     if module.groups:
         for group in range(max(module.groups) + 1):
             blocks += _dense_head(module, module.heads[module.groups.index(group)], precisions)

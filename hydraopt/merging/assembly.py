@@ -93,7 +93,13 @@ class Assembly:
     def least_container_bytes(self) -> int:
         """The bundle's bytes if it keeps no factor at all."""
         empty = [
-            self._entry(name, "separate", (), [() if name in one.modules else None for one in self.adapters.values()], ())
+            self._entry(
+                name,
+                "separate",
+                (),
+                [() if name in one.modules else None for one in self.adapters.values()],
+                (),
+            )
             for name in self.modules
         ]
         return self._container_bytes(empty)
@@ -104,7 +110,9 @@ class Assembly:
 
     def _container_bytes(self, entries: Sequence[ModuleEntry]) -> int:
         file = FileEntry(sha256="0" * _DIGEST_LENGTH, bytes=_LARGEST_FILE)
-        tasks = {task: self._task_entry(task, "0" * _DIGEST_LENGTH, file, _LONGEST_ERROR) for task in self.tasks}
+        tasks = {
+            task: self._task_entry(task, "0" * _DIGEST_LENGTH, file, _LONGEST_ERROR) for task in self.tasks
+        }
         manifest = self._manifest(entries, file, tasks, _LONGEST_ERROR)
         return len(manifest.canonical()) + container_bytes(self.extras)
 
@@ -188,7 +196,9 @@ class Assembly:
         shared, heads, errors = self._flats(entries, stored)
         contents = BundleContents(shared, heads, self.extras)
         tasks = {
-            task: self._task_entry(task, digests[task], describe(contents.encode_task(task)), errors.relative(task))
+            task: self._task_entry(
+                task, digests[task], describe(contents.encode_task(task)), errors.relative(task)
+            )
             for task in self.tasks
         }
         manifest = self._manifest(entries, describe(contents.encode_shared()), tasks, errors.mean(self.tasks))
@@ -200,7 +210,9 @@ class Assembly:
         bits = self.recipe.precisions
         shared = _Flat(block.bytes for entry in entries for block in shared_blocks(entry, bits))
         heads = {
-            task: _Flat(block.bytes for entry in entries for block in head_blocks(entry, entry.heads[k], bits))
+            task: _Flat(
+                block.bytes for entry in entries for block in head_blocks(entry, entry.heads[k], bits)
+            )
             for k, task in enumerate(self.tasks)
         }
         errors = Errors(dict.fromkeys(self.tasks, 0.0), dict.fromkeys(self.tasks, 0.0))
@@ -232,5 +244,7 @@ class _Flat:
             RuntimeError: If it is not full: the layout and the families disagree.
         """
         if self._filled != len(self._flat):
-            raise RuntimeError(f"the layout calls for {len(self._flat)} bytes, but {self._filled} were written")
+            raise RuntimeError(
+                f"the layout calls for {len(self._flat)} bytes, but {self._filled} were written"
+            )
         return self._flat

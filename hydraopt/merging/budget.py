@@ -8,7 +8,7 @@ Solutions that are feasible by construction (``fixed`` below) are compared at th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -32,13 +32,30 @@ class ModuleCurves:
     bytes: Floats
 
     @classmethod
-    def of(cls, options: Sequence[Option], prices: Floats, *, keep_all: bool = False) -> ModuleCurves:
-        """Price every option; the first one is kept in any case: it can store nothing."""
+    def of(cls, options: Sequence[Option], prices: Floats) -> ModuleCurves:
+        """Price every option and keep those that are best of all or of their family at some price.
+
+        The first one is kept in any case: it can store nothing.
+        """
         costs = [option.cost(prices) for option in options]
         errors, sizes = np.stack([error for error, _ in costs]), np.stack([size for _, size in costs])
-        best = np.argmin(errors + prices * sizes, axis=0)
-        kept = list(range(len(options))) if keep_all else sorted({0, *best.tolist()})
-        return cls(tuple(options[i] for i in kept), errors[kept], sizes[kept])
+        total = errors + prices * sizes
+        kept = {0}
+        for family in {option.family for option in options}:
+            members = np.array([i for i, option in enumerate(options) if option.family == family])
+            kept |= set(members[np.argmin(total[members], axis=0)].tolist())
+        order = sorted(kept)
+        return cls(tuple(options[i] for i in order), errors[order], sizes[order])
+
+    @classmethod
+    def unpriced(cls, options: Sequence[Option]) -> ModuleCurves:
+        """All the options, for solutions that do not go by price."""
+        return cls(tuple(options), np.zeros((len(options), 0)), np.zeros((len(options), 0)))
+
+    def only(self, families: Container[str]) -> ModuleCurves:
+        """The options of some families."""
+        kept = [i for i, option in enumerate(self.options) if option.family in families]
+        return ModuleCurves(tuple(self.options[i] for i in kept), self.errors[kept], self.bytes[kept])
 
     def best(self, prices: Floats) -> Ints:
         """Index of the best option at each price."""
@@ -131,9 +148,7 @@ def _bracket(
         if before == first or prices[first] / prices[before] < _PRECISE:
             break
         narrowed = np.geomspace(prices[before], prices[first], _NARROW)
-        modules = [
-            _narrow(module, best, before, first, narrowed) for module, best in picks
-        ]
+        modules = [_narrow(module, best, before, first, narrowed) for module, best in picks]
         prices = narrowed
     lower = [option.choice(float(prices[before])) for option in ends[0]]
     higher = [option.choice(float(prices[first])) for option in ends[1]]
@@ -195,7 +210,8 @@ def fill(choices: list[Choice], size: int) -> list[Choice]:
     for (m, p), now in fresh.items():
         levels[m][p] = now
     return [
-        replace(choice, levels=Levels(tuple(one[:-1]), one[-1])) for choice, one in zip(choices, levels, strict=True)
+        replace(choice, levels=Levels(tuple(one[:-1]), one[-1]))
+        for choice, one in zip(choices, levels, strict=True)
     ]
 
 

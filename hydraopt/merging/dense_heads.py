@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hydraopt.precision import encode
 from hydraopt.merging.basis import Basis
-from hydraopt.merging.option import LEFT_OUT, Levels, Option, Part, Rates, StoredModule
+from hydraopt.merging.option import LEFT_OUT, Floats, Levels, Option, Part, Rates, StoredModule
 from hydraopt.merging.problem import ModuleProblem, Projected
 from hydraopt.merging.refit import stored_module
 from hydraopt.merging.shared_a import SharedRows, store_rows
+from hydraopt.precision import encode
 
 NAME = "dense-heads"
 
@@ -79,36 +79,47 @@ def options(problem: ModuleProblem, basis: Basis, ranks: Sequence[int], bits: Se
         ranks: Candidates for q, ascending.
         bits: Precisions, finest first.
     """
-    along = (problem.cores @ basis.cross).square().sum(dim=1) * problem.weights.to(basis.cross.device)[:, None]
+    weights = problem.weights.to(basis.cross.device)
+    along = (problem.cores @ basis.cross).square().sum(dim=1) * weights[:, None]
     held = along.cumsum(dim=1).cpu().numpy()  # (K, n): weighted energy on the first rows
     wanted = (problem.norms * problem.weights.to(problem.norms.device)).cpu().numpy()
-    return [
-        option(problem, basis, rank, bits, held[:, rank - 1 : rank], np.maximum(wanted - held[:, rank - 1], 0).sum())
-        for rank in ranks
-        if rank <= basis.count
-    ]
+    found = []
+    for rank in ranks:
+        if rank <= basis.count:
+            left = np.maximum(wanted - held[:, rank - 1], 0).sum()
+            solution = DenseHeads(basis.rows, rank, None)
+            found.append(
+                option(problem, basis, solution, bits, held=held[:, rank - 1 : rank], base_error=float(left))
+            )
+    return found
 
 
 def option(
     problem: ModuleProblem,
     basis: Basis,
-    rank: int,
+    solution: DenseHeads,
     bits: Sequence[int],
-    held: np.ndarray,
+    *,
+    held: Floats,
     base_error: float,
-    groups: tuple[int, ...] | None = None,
 ) -> Option:
-    """An option whose heads hold the weighted energies ``held`` (H, 1)."""
+    """A solution as an option.
+
+    Args:
+        problem: The module.
+        basis: What its ``A'`` is taken from.
+        solution: The rows and groups.
+        bits: Precisions, finest first.
+        held: (H, 1): weighted energy each head holds.
+        base_error: Weighted squared error of heads that are not rounded.
+    """
+    energies = basis.energies[: solution.rank].cpu().numpy()
     return Option(
         family=NAME,
-        solution=DenseHeads(basis.rows, rank, groups),
-        shared=(Part(basis.energies[:rank].cpu().numpy(), Rates.of(bits, (problem.d_in,)), may_leave_out=False),),
-        heads=Part(held, _head_rates(bits, problem.d_out, rank), may_leave_out=True),
-        base_error=float(base_error),
-        groups=groups,
-        rank=rank,
+        solution=solution,
+        shared=(Part(energies, Rates.of(bits, (problem.d_in,)), may_leave_out=False),),
+        heads=Part(held, Rates.of(bits, (problem.d_out,), (), solution.rank), may_leave_out=True),
+        base_error=base_error,
+        groups=solution.groups,
+        rank=solution.rank,
     )
-
-
-def _head_rates(bits: Sequence[int], d_out: int, rank: int) -> Rates:
-    return Rates.of(bits, (d_out,), copies=rank)

@@ -24,6 +24,12 @@ class Search:
     families: frozenset[str]
     most: int = shared_a.MAX_SHARED_RANK
 
+    @classmethod
+    def joined(cls, searches: Sequence[Search]) -> Search:
+        """What any of them looks at."""
+        families = frozenset[str]().union(*(search.families for search in searches))
+        return cls(families, max(search.most for search in searches))
+
 
 def worthwhile(curves: ModuleCurves, prices: Floats, window: slice) -> Search:
     """What a module like this one should be searched for, given what was found in this one.

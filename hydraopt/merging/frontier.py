@@ -6,18 +6,26 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
 
 from hydraopt.adapters import Adapter
 from hydraopt.errors import BudgetError
 from hydraopt.merging.budget import total_error
 from hydraopt.merging.merge import check_set, find_device, make_recipe, open_adapter, silent
-from hydraopt.merging.recipe import Method
 from hydraopt.merging.run import MergeRun, Progress
 from hydraopt.names import check_task_name
 
 BUDGETS = (0.03, 0.05, 0.07, 0.1, 0.125, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9)
 """Budgets of the default curve, as shares of the input bytes."""
+
+CURVES: tuple[tuple[str, int | str], ...] = (
+    ("hydraopt", "auto"),
+    ("hydraopt", 16),
+    ("separate", "auto"),
+    ("separate", 16),
+    ("two-sided", "auto"),
+    ("paper", 16),
+)
+"""The methods and bits a frontier compares."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +33,7 @@ class FrontierPoint:
     """One bundle that could be made: its method, its size and its error before rounding to the stored dtype."""
 
     method: str
+    bits: int | str
     budget: float
     storage_ratio: float
     relative_error: float
@@ -38,7 +47,7 @@ def frontier(
     device: str = "auto",
     progress: Progress | None = None,
 ) -> list[FrontierPoint]:
-    """The whole trade-off between size and error, for all methods, in about the time of one merge.
+    """The whole trade-off between size and error, for all methods, in about the time of two merges.
 
     Args:
         adapters: Opened adapters or their folders, by task name.
@@ -48,7 +57,8 @@ def frontier(
         progress: Called with (done, total, what).
 
     Returns:
-        Points by method, then budget. ``storage_ratio`` and ``relative_error`` are as for :class:`hydraopt.Bundle`.
+        Points by method and bits, then budget. ``storage_ratio`` and ``relative_error`` are as for
+        :class:`hydraopt.Bundle`, the error as expected before anything is built.
 
     Raises:
         AdapterMismatchError: As for :func:`hydraopt.merge`.
@@ -56,22 +66,26 @@ def frontier(
     """
     opened = {check_task_name(task): open_adapter(adapters[task]) for task in sorted(adapters)}
     check_set(opened)
-    recipe = make_recipe(method="hydraopt", budget=0.25, dtype=dtype)
-    run = MergeRun(opened, recipe, find_device(device), progress or silent)
-    modules = run.trace()
-    counted = sum(1 for weight in run.weights.values() if weight > 0)
+    curves = [(m, b) for m, b in CURVES if dtype != "float32" or (b == "auto" and m != "paper")]
+    recipes = [make_recipe(method=method, bits=bits, budget=0.25, dtype=dtype) for method, bits in curves]
+    run = MergeRun(opened, recipes[0], find_device(device), progress or silent)
+    sets = sorted({recipe.precisions for recipe in recipes if recipe.method != "paper"})
+    traced = dict(zip(sets, run.trace_frontier(sets), strict=True))
     points = []
     refused: BudgetError | None = None
-    for method in get_args(Method):
+    for recipe in recipes:
+        one = run.under(recipe)
+        modules = one.trace() if recipe.method == "paper" else traced[recipe.precisions]
         for budget in budgets:
-            wanted = make_recipe(method=method, budget=budget, dtype=dtype)
+            wanted = make_recipe(**(recipe.model_dump() | {"budget": budget}))
             try:
-                choices = run.solve(modules, wanted)
+                choices = one.solve(modules, wanted)
             except BudgetError as reason:
                 refused = reason
                 continue
-            error = math.sqrt(max(total_error(choices), 0.0) / max(counted, 1))
-            points.append(FrontierPoint(method, budget, run.storage_ratio(total_numbers(choices)), error))
+            error = math.sqrt(max(total_error(choices), 0.0) / max(run.total_weight, 1e-300))
+            ratio = one.storage_ratio(choices)
+            points.append(FrontierPoint(recipe.method, recipe.bits, budget, ratio, error))
     if not points and refused is not None:
         raise refused
     return points

@@ -10,8 +10,9 @@ hull of the (bytes, noise) points matters, and a direction's precision depends o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -19,8 +20,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from hydraopt.precision import PRECISIONS, core_bits, vector_bytes
 from hydraopt.merging.problem import ModuleProblem
+from hydraopt.precision import PRECISIONS, core_bits, vector_bytes
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -65,10 +66,13 @@ class Rates:
 
     bytes: Floats
     noise: Floats
+    long: tuple[int, ...]
+    short: tuple[int, ...]
+    copies: int
 
     @classmethod
     def of(
-        cls, bits: Sequence[int], long: Sequence[int], short: Sequence[int] = (), *, copies: int = 1
+        cls, bits: Sequence[int], long: tuple[int, ...], short: tuple[int, ...] = (), copies: int = 1
     ) -> Rates:
         """Rates of a direction kept as ``copies`` vectors of each of these lengths.
 
@@ -82,7 +86,8 @@ class Rates:
         return cls(
             np.array(
                 [
-                    copies * float(sum(vector_bytes(n, b) for n in long) + sum(vector_bytes(n, f) for n in short))
+                    copies
+                    * float(sum(vector_bytes(n, b) for n in long) + sum(vector_bytes(n, f) for n in short))
                     for b, f in zip(bits, fine, strict=True)
                 ]
             ),
@@ -92,7 +97,14 @@ class Rates:
                     for b, f in zip(bits, fine, strict=True)
                 ]
             ),
+            long,
+            short,
+            copies,
         )
+
+    def at(self, bits: Sequence[int]) -> Rates:
+        """The same direction at other precisions."""
+        return Rates.of(bits, self.long, self.short, self.copies)
 
     def hull(self, *, may_leave_out: bool) -> tuple[Ints, Floats, Floats, Floats]:
         """The precisions worth using, cheapest first.
@@ -101,7 +113,10 @@ class Rates:
             Their levels; their bytes; their noise; and thresholds: a vector of energy ``e`` takes the last one whose
             ``threshold * lambda`` is below ``e``. The first threshold is 0.
         """
-        points = [(float(b), float(e), level) for level, (b, e) in enumerate(zip(self.bytes, self.noise, strict=True))]
+        points = [
+            (float(b), float(e), level)
+            for level, (b, e) in enumerate(zip(self.bytes, self.noise, strict=True))
+        ]
         points = sorted([(0.0, 1.0, LEFT_OUT), *points] if may_leave_out else points)
         kept: list[tuple[float, float, int]] = []
         for point in points:
@@ -110,7 +125,7 @@ class Rates:
             while len(kept) > 1 and _slope(kept[-2], point) >= _slope(kept[-2], kept[-1]):
                 kept.pop()
             kept.append(point)
-        thresholds = [0.0] + [1 / _slope(low, high) for low, high in zip(kept, kept[1:], strict=False)]
+        thresholds = [0.0] + [1 / _slope(low, high) for low, high in pairwise(kept)]
         return (
             np.array([level for _, _, level in kept], dtype=np.int64),
             np.array([b for b, _, _ in kept]),
@@ -185,17 +200,26 @@ class Option:
     heads: Part
     base_error: float
     groups: tuple[int, ...] | None = None
-    rank: int = field(default=0)
+    rank: int = 0
 
     @property
     def parts(self) -> tuple[Part, ...]:
         """All parts."""
         return (*self.shared, self.heads)
 
+    def at(self, bits: Sequence[int]) -> Option:
+        """The same option with other precisions to choose from."""
+        shared = tuple(replace(part, rates=part.rates.at(bits)) for part in self.shared)
+        return replace(self, shared=shared, heads=replace(self.heads, rates=self.heads.rates.at(bits)))
+
     def cost(self, prices: Floats) -> tuple[Floats, Floats]:
         """Error and bytes at each price."""
-        costs = [part.cost(prices) for part in self.parts]
-        return self.base_error + sum(error for error, _ in costs), sum(size for _, size in costs)  # type: ignore[return-value]
+        errors, sizes = np.full(len(prices), self.base_error), np.zeros(len(prices))
+        for part in self.parts:
+            error, size = part.cost(prices)
+            errors += error
+            sizes += size
+        return errors, sizes
 
     def choice(self, price: float) -> Choice:
         """The best levels at a price."""

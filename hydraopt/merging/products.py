@@ -22,7 +22,7 @@ def bfloat16_products(*, allowed: bool) -> Iterator[None]:
     Args:
         allowed: Whether to.
     """
-    settings = torch.backends.mkldnn.matmul
+    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # made at run time
     before = settings.fp32_precision
     if allowed:
         settings.fp32_precision = "bf16"

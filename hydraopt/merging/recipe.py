@@ -60,7 +60,9 @@ class Recipe(BaseModel):
     def _usable_weights(cls, weights: dict[str, float]) -> dict[str, float]:
         for task, weight in weights.items():
             if not (math.isfinite(weight) and weight >= 0):
-                raise ValueError(f"the weight of task {task!r} is {weight}; it must be finite and not negative")
+                raise ValueError(
+                    f"the weight of task {task!r} is {weight}; it must be finite and not negative"
+                )
         return dict(sorted(weights.items()))
 
     @model_validator(mode="after")
@@ -74,7 +76,9 @@ class Recipe(BaseModel):
         if self.heads is not None and self.method != "paper":
             raise ValueError(f"heads is for the method 'paper', not {self.method!r}")
         if (self.dtype == "float32") != (self.bits == 32) and self.bits != "auto":
-            raise ValueError(f"bits={self.bits} contradicts dtype={self.dtype!r}; float32 is stored in 32 bits")
+            raise ValueError(
+                f"bits={self.bits} contradicts dtype={self.dtype!r}; float32 is stored in 32 bits"
+            )
         return self
 
     @property

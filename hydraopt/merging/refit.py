@@ -43,7 +43,8 @@ def masked_solve(gram: Tensor, right: Tensor, kept: npt.NDArray[np.bool_]) -> Te
     empty = ~mask | (diagonal <= 0)
     size = diagonal.amax(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
     padded = gram + torch.diag_embed(torch.where(empty, size, 1e-12 * size))
-    return torch.linalg.solve(padded, right.masked_fill(empty[:, :, None], 0.0))
+    solved: Tensor = torch.linalg.solve(padded, right.masked_fill(empty[:, :, None], 0.0))
+    return solved
 
 
 def stored_module(

@@ -16,7 +16,7 @@ from torch import Tensor
 from hydraopt.adapters import Adapter
 from hydraopt.bundle.contents import Bundle
 from hydraopt.errors import BudgetError
-from hydraopt.merging import dense_heads, separate
+from hydraopt.merging import separate
 from hydraopt.merging.assembly import Assembly
 from hydraopt.merging.budget import (
     ModuleCurves,
@@ -46,8 +46,6 @@ Progress = Callable[[int, int, str], None]
 
 _TINY = 1e-280  # squared norms below it are zero: their inverse would overflow
 _FEW_MODULES = 48
-_WINDOW = 3
-"""Steps of the price grid on either side of the expected price, for what is tried on some modules only."""
 
 
 class MergeRun:
@@ -79,6 +77,12 @@ class MergeRun:
         self.dtype: torch.dtype = getattr(torch, recipe.dtype)
         self.assembly = Assembly(adapters, recipe, self.modules)
 
+    def under(self, recipe: Recipe) -> MergeRun:
+        """The same set under another recipe with the same relative weights; what was found of the tasks is kept."""
+        other = MergeRun(self.adapters, recipe, self.device, self.progress, self.metrics)
+        other.__dict__["_spectra"] = self._spectra
+        return other
+
     def run(self) -> Bundle:
         """The bundle."""
         with ThreadPoolExecutor(1) as digests:
@@ -102,7 +106,9 @@ class MergeRun:
             for adapter in self.adapters.values():
                 if name in adapter.modules:
                     adapter.factors(name)  # names the tensor that is not finite
-            raise BudgetError(f"module {name!r}: its updates are too large to be squared in {problem.ups.dtype}")
+            raise BudgetError(
+                f"module {name!r}: its updates are too large to be squared in {problem.ups.dtype}"
+            )
         return dict(zip(problem.tasks, separate.spectra(problem), strict=True))
 
     @cached_property
@@ -130,51 +136,78 @@ class MergeRun:
 
     def trace(self) -> list[ModuleCurves]:
         """Per module every way to store it that the recipe allows, "separate" first, priced."""
-        _ = self.weights, self.prices  # needed before the first module
+        if self.recipe.method == "paper":
+            return [ModuleCurves.unpriced(options) for options in self._dense_options()]
         families = frozenset(self.recipe.families)
         if self.recipe.budget == 1 or self.recipe.rank is not None:
-            families &= {separate.NAME, dense_heads.NAME}
+            families &= {separate.NAME}
+        return [curves for (curves,) in self._trace_all(families, (self.recipe.precisions,))]
+
+    def trace_frontier(self, precisions: Sequence[tuple[int, ...]]) -> list[list[ModuleCurves]]:
+        """As :meth:`trace` for any budget, at several sets of precisions: the bases and spectra are found once.
+
+        Returns:
+            Per set of precisions, per module.
+        """
+        traced = self._trace_all(frozenset(self.recipe.families), precisions, any_price=True)
+        return [list(column) for column in zip(*traced, strict=True)]
+
+    def _dense_options(self) -> list[list[Option]]:
+        _ = self.weights
+
+        def options(name: str) -> list[Option]:
+            dense = dense_options(self._load(name), self.recipe.rank, self.recipe.precisions)
+            return [self._own_option(name), *dense]
+
+        return list(self._each(options, self.modules, "trace the curves"))
+
+    def _trace_all(
+        self, families: frozenset[str], precisions: Sequence[tuple[int, ...]], *, any_price: bool = False
+    ) -> list[list[ModuleCurves]]:
+        _ = self.weights, self.prices  # needed before the first module
         if len(self.modules) <= _FEW_MODULES or not families & OUTPUT_SIDE:
-            return self._trace({name: Search(families) for name in self.modules})
-        return self._trace_after_trying(families)
-
-    def _trace(self, searches: Mapping[str, Search]) -> list[ModuleCurves]:
-        def curves(item: tuple[str, Search]) -> ModuleCurves:
-            name, search = item
-            options = [self._own_option(name), *self._shared_options(name, search)]
-            return ModuleCurves.of(options, self.prices, keep_all=self.recipe.method == "paper")
-
-        return list(self._each(curves, list(searches.items()), "trace the curves"))
-
-    def _trace_after_trying(self, families: frozenset[str]) -> list[ModuleCurves]:
-        """Look in all modules of a kind (all `up_proj`, say) only for what pays in one of them."""
+            return self._trace({name: Search(families) for name in self.modules}, precisions)
+        # Look in all modules of a kind (all `up_proj`, say) only for what pays in one of them.
         kinds: dict[str, list[str]] = {}
         for name in self.modules:
             kinds.setdefault(re.sub(r"\d+", "#", name), []).append(name)
         tried = {kind: names[len(names) // 2] for kind, names in kinds.items()}
-        found = self._trace({name: Search(families) for name in tried.values()})
+        found = self._trace({name: Search(families) for name in tried.values()}, precisions)
         curves = dict(zip(tried.values(), found, strict=True))
-        window = self._price_window(found, list(tried.values()))
+        first = [one[0] for one in found]
+        window = slice(None) if any_price else self._price_window(first, list(tried.values()))
         searches = {
-            name: worthwhile(curves[tried[kind]], self.prices, window)
+            name: Search.joined([worthwhile(one, self.prices, window) for one in curves[tried[kind]]])
             for kind, names in kinds.items()
             for name in names
             if name not in curves
         }
-        curves |= zip(searches, self._trace(searches), strict=True)
+        curves |= zip(searches, self._trace(searches, precisions), strict=True)
         return [curves[name] for name in self.modules]
 
+    def _trace(
+        self, searches: Mapping[str, Search], precisions: Sequence[tuple[int, ...]]
+    ) -> list[list[ModuleCurves]]:
+        def curves(item: tuple[str, Search]) -> list[ModuleCurves]:
+            name, search = item
+            options = [self._own_option(name), *self._shared_options(name, search)]
+            return [ModuleCurves.of([one.at(bits) for one in options], self.prices) for bits in precisions]
+
+        return list(self._each(curves, list(searches.items()), "trace the curves"))
+
     def _price_window(self, curves: Sequence[ModuleCurves], names: Sequence[str]) -> slice:
-        """The prices around the one at which these modules alone would take their share of the budget or error."""
+        """The two prices between which these modules alone would take their share of the budget or error."""
         errors, sizes = totals(curves, self.prices)
         own = [self._own_option(name).heads.energies for name in names]
         if self.recipe.max_error is not None:
             beyond = errors > self.recipe.max_error**2 * sum(float(energies.sum()) for energies in own)
         else:
-            numbers = sum(one.size * sum(self.assembly.shape(name)) for one, name in zip(own, names, strict=True))
+            numbers = sum(
+                one.size * sum(self.assembly.shape(name)) for one, name in zip(own, names, strict=True)
+            )
             beyond = sizes <= (self.recipe.budget or 1.0) * 2 * numbers
         crossing = int(np.argmax(beyond)) if beyond.any() else len(self.prices) - 1
-        return slice(max(crossing - _WINDOW, 0), crossing + _WINDOW + 1)
+        return slice(max(crossing - 1, 0), crossing + 1)
 
     def _own_option(self, name: str) -> Option:
         """Storing every task of a module separately."""
@@ -186,10 +219,8 @@ class MergeRun:
         return separate.option(energies, self.assembly.shape(name), self.recipe.precisions)
 
     def _shared_options(self, name: str, search: Search) -> list[Option]:
-        if search.families <= {separate.NAME} or len(self._spectra[name]) == 1 and self.recipe.method != "paper":
+        if search.families <= {separate.NAME} or len(self._spectra[name]) == 1:
             return []
-        if self.recipe.method == "paper":
-            return dense_options(self._load(name), self.recipe.rank, self.recipe.precisions)
         return shared_options(self._load(name), search.families, self.recipe.precisions, search.most)
 
     def solve(self, curves: Sequence[ModuleCurves], recipe: Recipe) -> list[Choice]:
@@ -210,11 +241,11 @@ class MergeRun:
         if recipe.rank is not None:
             ranks = [[min(rank, recipe.rank) for rank in self._full_ranks(name)] for name in self.modules]
             return every_direction(own, ranks)
-        allowed = [_only(module, {"separate", *recipe.families}) for module in curves]
+        allowed = [module.only({separate.NAME, *recipe.families}) for module in curves]
         if recipe.max_error is not None:
             return within_error(allowed, self.prices, recipe.max_error**2 * self.total_weight)
         # Compared with at the end: adapting must never lose to the simple form at the same bytes.
-        alone = [_only(module, {"separate"}) for module in curves] if recipe.method == "hydraopt" else None
+        alone = [module.only({separate.NAME}) for module in curves] if recipe.method == "hydraopt" else None
 
         def within(size: int) -> list[Choice]:
             simple = [] if alone is None else [within_budget(alone, self.prices, size)]
@@ -292,7 +323,9 @@ class MergeRun:
     def _is_bfloat16(self) -> bool:
         """Whether all that is read are bfloat16 numbers."""
         dtypes = {
-            adapter.file.entries[name].dtype for adapter in self.adapters.values() for name in adapter.file.entries
+            adapter.file.entries[name].dtype
+            for adapter in self.adapters.values()
+            for name in adapter.file.entries
         }
         return dtypes == {torch.bfloat16} and not self.metrics
 
@@ -305,11 +338,6 @@ class MergeRun:
                 self.progress(done, len(items), what)
                 yield result
         self.progress(len(items), len(items), what)
-
-
-def _only(curves: ModuleCurves, families: set[str]) -> ModuleCurves:
-    kept = [i for i, option in enumerate(curves.options) if option.family in families]
-    return ModuleCurves(tuple(curves.options[i] for i in kept), curves.errors[kept], curves.bytes[kept])
 
 
 def check_range(module: str, dtype: torch.dtype, stored: StoredModule) -> None:

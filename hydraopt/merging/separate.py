@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from hydraopt.precision import encode_ragged
 from hydraopt.merging.option import LEFT_OUT, Floats, Levels, Option, Part, Rates, StoredModule
 from hydraopt.merging.problem import ModuleProblem, Projected, principal_directions
 from hydraopt.merging.refit import left_directions, masked_solve, stored_module
+from hydraopt.precision import encode_ragged
 
 NAME = "separate"
 

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hydraopt.precision import core_bits, encode_ragged
 from hydraopt.merging.basis import Basis
 from hydraopt.merging.option import LEFT_OUT, Ints, Levels, Option, Part, Rates, StoredModule
 from hydraopt.merging.problem import ModuleProblem, Projected, principal_directions
 from hydraopt.merging.refit import left_directions, masked_solve, stored_module
+from hydraopt.precision import core_bits, encode_ragged
 
 NAME = "shared-a"
 MAX_SHARED_RANK = 128
@@ -33,12 +33,15 @@ class SharedRows:
 
     def fit(self, right: Tensor) -> Tensor:
         """``right (rows C rows^T)^-1``: coefficients of the best combination of rows; ``right`` (..., q)."""
-        half = torch.linalg.solve_triangular(self.lower.mT, right, upper=True, left=False)
-        return torch.linalg.solve_triangular(self.lower, half, upper=False, left=False)
+        solved: Tensor = torch.linalg.solve_triangular(
+            self.lower, self.whitened(right), upper=False, left=False
+        )
+        return solved
 
     def whitened(self, right: Tensor) -> Tensor:
         """Coordinates on an orthonormal basis of the rows' span; ``right`` (..., q) as in :meth:`fit`."""
-        return torch.linalg.solve_triangular(self.lower.mT, right, upper=True, left=False)
+        solved: Tensor = torch.linalg.solve_triangular(self.lower.mT, right, upper=True, left=False)
+        return solved
 
 
 def store_rows(

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hydraopt.precision import core_bits, encode_ragged
 from hydraopt.merging.basis import Basis
 from hydraopt.merging.option import LEFT_OUT, Levels, Option, Part, Rates, StoredModule
 from hydraopt.merging.problem import ModuleProblem, Projected, principal_directions
 from hydraopt.merging.refit import masked_solve, stored_module
 from hydraopt.merging.shared_a import projected_grams, store_rows
+from hydraopt.precision import core_bits, encode_ragged
 
 NAME = "two-sided"
 
@@ -83,8 +83,14 @@ def options(
             family=NAME,
             solution=TwoSided(inputs.rows, outputs.rows, rank),
             shared=(
-                Part(inputs.energies[:rank].cpu().numpy(), Rates.of(bits, (problem.d_in,)), may_leave_out=False),
-                Part(outputs.energies[:rank].cpu().numpy(), Rates.of(bits, (problem.d_out,)), may_leave_out=False),
+                Part(
+                    inputs.energies[:rank].cpu().numpy(), Rates.of(bits, (problem.d_in,)), may_leave_out=False
+                ),
+                Part(
+                    outputs.energies[:rank].cpu().numpy(),
+                    Rates.of(bits, (problem.d_out,)),
+                    may_leave_out=False,
+                ),
             ),
             heads=Part(
                 spectra[i, :, :rank].cpu().numpy(), Rates.of(bits, (rank,), (rank,)), may_leave_out=True

@@ -131,6 +131,18 @@ def load_adapter_version(store: ObjectStore, base_model: str, task: str, digest:
     return version
 
 
+def read_version_record(store: ObjectStore, key: str) -> AdapterVersion:
+    """The version recorded under ``key``, for those who go through all of them.
+
+    Raises:
+        RecordError: If there is none, or it is damaged or about something else than its key says.
+    """
+    stored = _read(store, key)
+    if stored is None or stored[0].key != key:
+        raise RecordError(f"{key} is not the record of an adapter version that its name promises")
+    return stored[0]
+
+
 def fetch_adapter(store: ObjectStore, version: AdapterVersion, cache_dir: Path) -> Path:
     """A local folder with exactly this version, in ``cache_dir`` by digest; safe to repeat and to race.
 

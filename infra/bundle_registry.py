@@ -66,19 +66,22 @@ class BundleRegistry:
         with told_plainly(self._settings, f"showing candidate {bundle_id[:12]} of {name!r}"):
             return despite_races(lambda: self._show_candidate(name, bundle_id, manifest, report))
 
-    def record_release(self, name: str, bundle_id: str, version: int) -> int:
+    def record_release(self, name: str, bundle_id: str, version: int, channel: str = "stable") -> int:
         """Show that a bundle is live, after a release or a rollback alike; safe to repeat.
+
+        On the channel ``stable`` it gets the alias champion, on another one an alias of the channel's name.
 
         Args:
             name: Bundle name.
             bundle_id: Bundle id.
             version: Its number in the object store, which counts published bundles only.
+            channel: Where it is live.
 
         Returns:
             MLflow's version number, which counts every candidate.
         """
         with told_plainly(self._settings, f"showing release {version} of {name!r}"):
-            return despite_races(lambda: self._show_release(name, bundle_id, version))
+            return despite_races(lambda: self._show_release(name, bundle_id, version, channel))
 
     def _show_candidate(self, name: str, bundle_id: str, manifest: Manifest, report: GateReport) -> int:
         model = model_name(name)
@@ -89,16 +92,17 @@ class BundleRegistry:
         self._point(model, CANDIDATE, version.version)
         return int(version.version)
 
-    def _show_release(self, name: str, bundle_id: str, version: int) -> int:
+    def _show_release(self, name: str, bundle_id: str, version: int, channel: str) -> int:
         model = model_name(name)
         self._ensure_model(model, "")
         shown = self._ensure_version(model, name, bundle_id, None)
         self._tag(model, shown, {"release": str(version)})
-        champion = self._aliases(model).get(CHAMPION)
-        if champion != int(shown.version):
-            if champion is not None:
-                self._point(model, PREVIOUS, champion)
-            self._point(model, CHAMPION, shown.version)  # last: killed before it, a repeat starts anew
+        alias = CHAMPION if channel == "stable" else channel
+        before = self._aliases(model).get(alias)
+        if before != int(shown.version):
+            if before is not None and alias == CHAMPION:
+                self._point(model, PREVIOUS, before)
+            self._point(model, alias, shown.version)  # last: killed before it, a repeat starts anew
         return int(shown.version)
 
     def _record_run(self, model: str, bundle_id: str, manifest: Manifest, report: GateReport) -> str:

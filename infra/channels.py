@@ -48,6 +48,14 @@ def log_key(name: str, channel: str, sequence: int) -> str:
     return f"channels/{name}/{check_name(channel, 'channel')}/log/{sequence:06d}.json"
 
 
+def channels_of(store: ObjectStore, name: str) -> list[str]:
+    """The channels that a bundle was ever published to, sorted."""
+    prefix = f"channels/{check_name(name, 'bundle name')}/"
+    return sorted(
+        {key.removeprefix(prefix).split("/")[0].removesuffix(".json") for key in store.keys(prefix)}
+    )
+
+
 def live(store: ObjectStore, name: str, channel: str) -> Move | None:
     """What devices see now; None if nothing was ever published there.
 

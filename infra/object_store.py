@@ -12,9 +12,10 @@ import secrets
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, suppress
+from datetime import datetime
 from http import HTTPStatus
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from botocore.exceptions import ClientError
 
@@ -34,6 +35,14 @@ LARGEST_RECORD = 32 * 2**20
 
 _CHUNK = 2**20
 _CONFLICTS = 6  # how often to try again when the store says that somebody else is writing right now
+
+
+class StoredObject(NamedTuple):
+    """What a listing tells of an object."""
+
+    key: str
+    bytes: int
+    modified: datetime
 
 
 class ObjectStore:
@@ -149,12 +158,21 @@ class ObjectStore:
 
     def keys(self, prefix: str) -> Iterator[str]:
         """Every key that starts with ``prefix``, in order, page by page."""
+        return (entry.key for entry in self.entries(prefix))
+
+    def entries(self, prefix: str) -> Iterator[StoredObject]:
+        """Every object whose key starts with ``prefix``, in order, page by page."""
         with self._doing(f"listing {prefix}"):
             for page in self._client.get_paginator("list_objects_v2").paginate(
                 Bucket=self.bucket, Prefix=prefix
             ):
                 for entry in page.get("Contents", []):
-                    yield entry["Key"]
+                    yield StoredObject(entry["Key"], entry["Size"], entry["LastModified"])
+
+    def remove(self, key: str) -> None:
+        """Delete an object for good; only a collection of garbage does that. Absent already: nothing happens."""
+        with self._doing(f"removing {key}"):
+            self._client.delete_object(Bucket=self.bucket, Key=key)
 
     # The server
 
@@ -317,4 +335,4 @@ def _checksum(data: bytes) -> str:
     return base64.b64encode(hashlib.sha256(data).digest()).decode()
 
 
-__all__ = ["LARGEST_RECORD", "BlobRef", "ObjectStore"]
+__all__ = ["LARGEST_RECORD", "BlobRef", "ObjectStore", "StoredObject"]

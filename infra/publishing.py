@@ -88,6 +88,32 @@ def publish(
     return _result(name, channel, version, bundle_id, before=before, newest=newest)
 
 
+def promote(
+    store: ObjectStore, name: str, approvers: Approvers, *, source: str, target: str, by: str | None = None
+) -> Published:
+    """Publish what one channel shows to another as well, by the same rules; safe to repeat.
+
+    Raises:
+        RecordError: If nothing is live on ``source``, or ``target`` got a newer version already.
+        RefusedError: If the approvals do not count (any more).
+    """
+    if check_name(source, "channel") == check_name(target, "channel"):
+        raise RecordError(f"channel {source!r} cannot be promoted to itself: name another one")
+    newest = settle(store, name, source)
+    if newest is None:
+        raise RecordError(f"nothing is published on channel {source!r} of {name!r}: check both names")
+    if read_version(store, name, newest.version).bundle_id != newest.bundle_id:
+        raise RecordError(f"channel {source!r} of {name!r} shows another bundle than its version's: changed?")
+    done = publish(store, name, newest.bundle_id, target, approvers, by=by)
+    if done.live_version != done.version:
+        raise RecordError(
+            f"channel {target!r} of {name!r} stays at version {done.live_version}: version {done.version} is "
+            f"older than what was published there, or was taken back; `hydraopt rollback {name} --to "
+            f"{done.version} --channel {target}` brings back what was live before"
+        )
+    return done
+
+
 def rollback(
     store: ObjectStore,
     name: str,
@@ -264,6 +290,7 @@ __all__ = [
     "Published",
     "VersionClaim",
     "live",
+    "promote",
     "publish",
     "read_version",
     "rollback",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from infra.approvals import verify_sign_off
 from infra.approvers import approvers_of
 from infra.bundle_registry import BundleRegistry
-from infra.publishing import Published, live, publish, rollback, rollback_target
+from infra.publishing import Published, live, promote, publish, rollback, rollback_target
 from infra.settings import Settings
 from infra.sign_off import SignOff
 from tasks.store import object_store
@@ -22,6 +22,13 @@ def check_sign_off(settings: Settings, name: str, bundle_id: str) -> SignOff:
 def publish_bundle(settings: Settings, name: str, bundle_id: str, channel: str) -> Published:
     """Give the bundle its version and make it live; a second call changes nothing."""
     return publish(object_store(settings), name, bundle_id, channel, approvers_of(settings.home, name))
+
+
+@verb(task_run_name="promote {name} from {source} to {target}")
+def promote_live(settings: Settings, name: str, source: str, target: str, by: str | None) -> Published:
+    """Publish what one channel shows to another one, by the same rules as any release."""
+    approvers = approvers_of(settings.home, name)
+    return promote(object_store(settings), name, approvers, source=source, target=target, by=by)
 
 
 @verb(task_run_name="find the version to go back to")
@@ -41,4 +48,4 @@ def show_live(settings: Settings, name: str, channel: str) -> None:
     """Bring MLflow's aliases up to date with the channel; they may have been lost or moved by hand."""
     newest = live(object_store(settings), name, channel)
     if newest is not None:
-        BundleRegistry(settings).record_release(name, newest.bundle_id, newest.version)
+        BundleRegistry(settings).record_release(name, newest.bundle_id, newest.version, channel)

@@ -45,15 +45,20 @@ _RELEASE = {
     "candidates": "List bundles and where each stands.",
     "approve": "Sign a candidate off and release it.",
     "reject": "Turn a candidate down for good.",
+    "promote": "Publish what one channel shows to another.",
     "rollback": "Move a channel back to an earlier version.",
     "pull": "Fetch the live bundle as a device does: only what changed.",
     "keygen": "Make an approver's signing key.",
+}
+_STORE = {
+    "gc": "Find files in the store that nothing needs, and remove them.",
 }
 
 COMMANDS: dict[str, _Command] = {
     **{name: _Command("flows.command_line.library", text) for name, text in _LIBRARY.items()},
     **{name: _Command("flows.command_line.pipeline", text) for name, text in _PIPELINE.items()},
     **{name: _Command("flows.command_line.release_manager", text) for name, text in _RELEASE.items()},
+    **{name: _Command("flows.command_line.storage", text) for name, text in _STORE.items()},
     "demo": _Command("flows.command_line.demo", "All of it on a small real example, start to finish."),
 }
 """Where each command lives: the module holds a click command under the command's own name."""
@@ -76,7 +81,7 @@ class _LazyGroup(click.Group):
         """Write the commands by section, without importing any."""
         sections = {
             "Library (no server needed)": list(_LIBRARY),
-            "Pipeline": [*_PIPELINE, *_RELEASE, "demo"],
+            "Pipeline": [*_PIPELINE, *_RELEASE, *_STORE, "demo"],
         }
         for title, names in sections.items():
             with formatter.section(title):

@@ -9,7 +9,7 @@ from typing import Any
 import click
 from rich.table import Table
 
-from flows.command_line.connected import channel_of, connected, live_line
+from flows.command_line.connected import channel_of, connected, live_line, user_name
 from flows.command_line.output import Output, command
 
 _FOLDER = click.Path(path_type=Path)
@@ -118,6 +118,28 @@ def reject(output: Output, bundle_id: str, who: str, reason: str, name: str | No
     record = turn_down(store, bundle, whole_id, who, reason)
     output.show(f"{bundle} {whole_id[:12]} is rejected by {record['as']}: {record['reason']}")
     return record
+
+
+@command("promote")
+@click.argument("name")
+@click.option(
+    "--from", "source", default="canary", show_default=True, help="The channel it proved itself on."
+)
+@click.option("--to", "target", default="stable", show_default=True, help="The channel that gets it.")
+@click.option("--as", "who", help="Who promotes; without it, your user name on this machine.")
+def promote(output: Output, name: str, source: str, target: str, who: str | None) -> dict[str, Any]:
+    """Publish what is live on one channel of bundle NAME to another; approvals and gates are checked again.
+
+    Give the bundle's file `channel: canary`, and an approval releases to the canary first.
+
+    Example: hydraopt promote support --from canary --to stable
+    """
+    with connected(output):
+        from flows.promote import promote as promote_flow
+
+        result = promote_flow(name, source, target, who or user_name())
+    output.show(live_line(result))
+    return result
 
 
 @command("rollback")

@@ -1,0 +1,32 @@
+"""The flow ``promote``: what one channel shows goes live on another one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import flow
+
+from infra.settings import Settings
+from tasks.artifacts import show_move
+from tasks.releasing import promote_live, show_live
+from tasks.store import check_store
+
+
+@flow(name="promote", flow_run_name="promote {bundle} to {target}")
+def promote(
+    bundle: str, source: str = "canary", target: str = "stable", by: str | None = None
+) -> dict[str, Any]:
+    """Verify the approvals of what is live on ``source`` again, and publish it to ``target``.
+
+    Args:
+        bundle: Name of the bundle.
+        source: The channel it proved itself on.
+        target: The channel that gets it.
+        by: Who asked for it, for people.
+    """
+    settings = Settings.load().require_services()
+    check_store(settings)
+    published = promote_live(settings, bundle, source, target, by)
+    show_live(settings, bundle, target)
+    show_move(published)
+    return published.model_dump(mode="json")

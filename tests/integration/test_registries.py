@@ -89,6 +89,7 @@ def manifest(*tasks: str) -> Manifest:
         recipe=Recipe(budget=0.25),
         solver="1",
         relative_error=0.1,
+        precisions=(16,),
         modules=(),
         shared=file,
         tasks={task: TaskEntry(adapter=digest(task), bytes=10_000, file=file, relative_error=0.1) for task in tasks},

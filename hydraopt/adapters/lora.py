@@ -2,27 +2,34 @@
 
 ``dW = s B A`` with ``A`` (r, d_in), ``B`` (d_out, r) and ``s = alpha / r``, or ``alpha / sqrt(r)`` for
 rank-stabilised LoRA (Kalajdzievski, arXiv 2312.03732). ``rank_pattern`` and ``alpha_pattern`` replace
-r and alpha for the modules they match.
+r and alpha for the modules they match. On an embedding table (vocabulary, d_out) the update is ``dW^T = s B A``, so
+d_in is the vocabulary.
+
+DoRA (Liu et al., arXiv 2402.09353) computes ``m (W + s B A) / |W + s B A|``, with a norm per output. The direction
+``s B A`` is an ordinary update; the magnitude ``m`` (d_out) is carried as it is.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from hydraopt.adapters.tensor_file import TensorEntry
-from hydraopt.errors import AdapterFormatError
+from torch import Tensor
 
-PREFIX = "base_model.model."
-_DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
+from hydraopt.adapters.configuration import is_target, number
+from hydraopt.adapters.module import PREFIX, AdapterModule, Contents, Kind, Layer, Parts, Source
+from hydraopt.adapters.whole_tensors import MAGNITUDE, whole_tensors
+
+# (how A ends, how B ends, what the update is added to)
+_PAIRS: tuple[tuple[str, str, Layer], ...] = (
+    (".lora_A.weight", ".lora_B.weight", "linear"),
+    (".lora_embedding_A", ".lora_embedding_B", "embedding"),
+)
 
 # Settings that change what the adapter computes, in ways that are not s B A on the stored base weights.
-# Each is refused when switched on, with the reason.
-_REFUSED = {
-    "use_dora": "DoRA rescales the columns of the whole weight; it is not a low-rank update",
+REFUSED = {
     "lora_bias": "a bias inside the update is not a product of two factors",
     "use_qalora": "QALoRA pools the inputs before A",
     "layer_replication": "replicated layers change the base model",
@@ -36,153 +43,126 @@ _REFUSED = {
     "monteclora_config": "MonteCLoRA is not supported",
     "megatron_config": "Megatron layers are not supported",
 }
+# Settings that `read` handles, that say how it was trained, or where the tensors are.
+IGNORED = frozenset({
+    "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "fan_in_fan_out", "bias", "use_rslora",
+    "use_dora", "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern",
+    "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size",
+    "runtime_config", "ensure_weight_tying",
+})  # fmt: skip
 # These initialisations move a part of the base weight into the adapter; unless it was converted on
 # saving, the adapter is right only on a base model changed in the same way.
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
-# Settings that say how it was trained, or where the tensors are: nothing to compute from.
-_IGNORED = {
-    "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_type",
-    "peft_version", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "fan_in_fan_out",
-    "bias", "use_rslora", "modules_to_save", "init_lora_weights", "layers_to_transform", "layers_pattern",
-    "rank_pattern", "alpha_pattern", "megatron_core", "loftq_config", "eva_config", "corda_config",
-    "lora_ga_config", "qalora_group_size", "runtime_config", "ensure_weight_tying", "library_name",
-}  # fmt: skip
 
 
-@dataclass(frozen=True)
-class LoraModule:
-    """One updated linear layer: the names of its tensors, its size and its scaling."""
+class LoraKind(Kind):
+    """LoRA, rank-stabilised LoRA and DoRA, on linear layers and embedding tables."""
 
-    name: str
-    down: str  # tensor of A, (rank, d_in)
-    up: str  # tensor of B, (d_out, rank)
-    d_out: int
-    d_in: int
-    rank: int
-    scaling: float
+    name = "LORA"
+    refused = REFUSED
+    ignored = IGNORED
+
+    def read(self, source: Source) -> Contents:
+        """Pair A with B, and with the magnitude where there is one."""
+        config = source.config
+        check_init(source)
+        for key in ("r", "lora_alpha"):
+            number(source.where, config, key)
+        for key in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(config.get(key) or {}, dict):
+                raise source.refuse(f"{key} is {config[key]!r}; expected an object")
+        modules: dict[str, AdapterModule] = {}
+        for tensor in source.entries:
+            for a, b, layer in _PAIRS:
+                if tensor.startswith(PREFIX) and tensor.endswith(a):
+                    module = _module(source, tensor, tensor.removesuffix(a) + b, layer)
+                    modules[module.name] = module
+                elif tensor.endswith(b) and tensor.removesuffix(b) + a not in source.entries:
+                    raise source.refuse(f"{tensor!r} has no matching {a.split('.')[1]}")
+        used = {tensor for module in modules.values() for tensor in module.tensors}
+        magnitudes = _magnitudes(source, modules)
+        extras = whole_tensors(source, modules, used | set(magnitudes))
+        if not modules:
+            raise source.refuse("no lora_A / lora_B tensors inside")
+        flags = {"fan_in_fan_out": config.get("fan_in_fan_out"), "use_dora": config.get("use_dora")}
+        return Contents(
+            modules, tuple(sorted([*extras, *magnitudes])), {flag: True for flag, on in flags.items() if on}
+        )
+
+    def parts(self, module: AdapterModule, read: Callable[[str], Tensor]) -> Parts:
+        """B and A as they are stored."""
+        up, down = module.tensors
+        return read(up), read(down), module.scaling
 
 
-def check_config(where: str, config: Mapping[str, Any]) -> None:
-    """Refuse, by name and with the reason, every setting that could not be merged exactly.
+def check_init(source: Source) -> None:
+    """Refuse initialisations that changed the base model.
 
     Raises:
-        AdapterFormatError: For the first such setting.
+        AdapterFormatError: If ``init_lora_weights`` names one.
     """
-    for setting, reason in _REFUSED.items():
-        if config.get(setting):
-            raise AdapterFormatError(f"{where}: {setting}={config[setting]!r} is not supported: {reason}")
-    for setting, value in config.items():
-        if setting not in _REFUSED and setting not in _IGNORED and value:
-            raise AdapterFormatError(
-                f"{where}: unknown setting {setting}={value!r}; it may change what the adapter computes, "
-                "so it is refused rather than guessed"
-            )
-    if config.get("bias", "none") != "none":
-        raise AdapterFormatError(
-            f"{where}: bias={config['bias']!r} is not supported: trained biases are not low-rank"
-        )
-    init = str(config.get("init_lora_weights", True)).lower()
+    init = str(source.config.get("init_lora_weights", True)).lower()
     if init.startswith(_BASE_CHANGING_INITS):
-        raise AdapterFormatError(
-            f"{where}: init_lora_weights={init!r} changes the base model's weights. Save it as plain LoRA first: "
+        raise source.refuse(
+            f"init_lora_weights={init!r} changes the base model's weights. Save it as plain LoRA first: "
             "`save_pretrained(..., path_initial_model_for_weight_conversion=...)`"
         )
 
 
-def read_modules(
-    where: str, config: Mapping[str, Any], tensors: Mapping[str, TensorEntry]
-) -> tuple[dict[str, LoraModule], tuple[str, ...]]:
-    """Sort an adapter's tensors into LoRA modules and whole-layer extras.
-
-    Args:
-        where: Named in errors.
-        config: The parsed ``adapter_config.json``.
-        tensors: Header entries of ``adapter_model.safetensors``.
-
-    Returns:
-        The modules by name (without PEFT's prefix), and the names of the ``modules_to_save`` tensors.
+def check_target(source: Source, name: str) -> None:
+    """Refuse a module the configuration does not name: PEFT would not load it.
 
     Raises:
-        AdapterFormatError: If a tensor is unknown, unpaired, or contradicts the configuration.
+        AdapterFormatError: If ``target_modules`` does not name it.
     """
-    modules: dict[str, LoraModule] = {}
-    extras: list[str] = []
-    saved = saved_modules(config)
-    for tensor in tensors:
-        if not tensor.startswith(PREFIX):
-            raise AdapterFormatError(
-                f"{where}: tensor {tensor!r} does not start with {PREFIX!r} as PEFT writes it"
-            )
-        if tensor.endswith(_DOWN):
-            module = _module(where, config, tensors, tensor)
-            modules[module.name] = module
-        elif tensor.endswith(_UP):
-            if tensor.removesuffix(_UP) + _DOWN not in tensors:
-                raise AdapterFormatError(f"{where}: {tensor!r} has no matching lora_A")
-        elif _is_below(tensor.removeprefix(PREFIX), saved):
-            extras.append(tensor)
-        else:
-            raise AdapterFormatError(
-                f"{where}: tensor {tensor!r} is neither LoRA nor below modules_to_save={sorted(saved)}; "
-                "it is refused rather than dropped"
-            )
-    if not modules:
-        raise AdapterFormatError(f"{where}: no lora_A / lora_B tensors inside")
-    return modules, tuple(extras)
-
-
-def saved_modules(config: Mapping[str, Any]) -> set[str]:
-    """Names of the layers the adapter replaces whole (``modules_to_save``)."""
-    saved = set(config.get("modules_to_save") or ())
-    if config.get("task_type") in {"SEQ_CLS", "TOKEN_CLS"}:
-        saved |= {"classifier", "score"}  # PEFT adds them by itself for these task types
-    return saved
-
-
-def _is_below(tensor: str, saved: Iterable[str]) -> bool:
-    path = tensor.split(".")[:-1]
-    return any(part in path or tensor.startswith(f"{part}.") for part in saved)
-
-
-def _module(
-    where: str, config: Mapping[str, Any], tensors: Mapping[str, TensorEntry], down: str
-) -> LoraModule:
-    up = down.removesuffix(_DOWN) + _UP
-    name = down.removeprefix(PREFIX).removesuffix(_DOWN)
-    if up not in tensors:
-        raise AdapterFormatError(f"{where}: {down!r} has no matching lora_B")
-    if not _is_target(name, config.get("target_modules")):
-        raise AdapterFormatError(
-            f"{where}: module {name!r} has LoRA tensors, but target_modules={config.get('target_modules')!r} "
-            "does not name it"
+    targets = source.config.get("target_modules")
+    if not is_target(name, targets):
+        raise source.refuse(
+            f"module {name!r} has tensors of an update, but target_modules={targets!r} does not name it"
         )
+
+
+def _module(source: Source, down: str, up: str, layer: Layer) -> AdapterModule:
+    config = source.config
+    name = re.sub(r"\.lora_(embedding_)?A(\.weight)?$", "", down.removeprefix(PREFIX))
+    if up not in source.entries:
+        raise source.refuse(
+            f"{down!r} has no matching {'lora_B' if layer == 'linear' else 'lora_embedding_B'}"
+        )
+    check_target(source, name)
     rank = int(_pattern_value(config.get("rank_pattern"), name, config["r"]))
     alpha = float(_pattern_value(config.get("alpha_pattern"), name, config["lora_alpha"]))
-    a, b = tensors[down], tensors[up]
-    for tensor, entry in ((down, a), (up, b)):
-        if len(entry.shape) != 2 or not entry.dtype.is_floating_point:
-            raise AdapterFormatError(
-                f"{where}: {tensor!r} has shape {list(entry.shape)} and dtype {entry.dtype}; expected a matrix of "
-                "floats (convolutions are not supported)"
-            )
-    if a.shape[0] != rank or b.shape[1] != rank or rank < 1:
-        raise AdapterFormatError(
-            f"{where}: module {name!r}: lora_A is {list(a.shape)} and lora_B {list(b.shape)}, "
+    a, b = source.matrix(down), source.matrix(up)
+    if a[0] != rank or b[1] != rank or rank < 1:
+        raise source.refuse(
+            f"module {name!r}: {down.rsplit('.lora_', 1)[1]} of shape {list(a)} and its partner of {list(b)}, "
             f"but the configuration says rank {rank}"
         )
     if not math.isfinite(alpha):
-        raise AdapterFormatError(f"{where}: module {name!r}: lora_alpha is {alpha}")
+        raise source.refuse(f"module {name!r}: lora_alpha is {alpha}")
     scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-    return LoraModule(name, down, up, b.shape[0], a.shape[1], rank, scaling)
+    return AdapterModule(name, b[0], a[1], rank, layer, scaling, (up, down))
 
 
-def _is_target(name: str, targets: object) -> bool:
-    """PEFT's rule: a string is "all-linear" or a regular expression, a list holds names or suffixes."""
-    if isinstance(targets, str):
-        return targets == "all-linear" or re.fullmatch(targets, name) is not None
-    if not isinstance(targets, list):
-        return False
-    return any(name == target or name.endswith(f".{target}") for target in targets)
+def _magnitudes(source: Source, modules: Mapping[str, AdapterModule]) -> list[str]:
+    """The magnitude vectors of DoRA: one per module, or none at all without DoRA."""
+    found = [tensor for tensor in source.entries if tensor.startswith(PREFIX) and tensor.endswith(MAGNITUDE)]
+    if not source.config.get("use_dora"):
+        if found:
+            raise source.refuse(f"{found[0]!r} is a magnitude of DoRA, but use_dora is not set")
+        return []
+    for name, module in modules.items():
+        tensor = f"{PREFIX}{name}{MAGNITUDE}"
+        if tensor not in source.entries:
+            raise source.refuse(f"use_dora is set, but module {name!r} has no magnitude {tensor!r}")
+        if source.vector(tensor) != module.d_out:
+            raise source.refuse(
+                f"{tensor!r} has {source.vector(tensor)} numbers for {module.d_out} outputs of the module"
+            )
+    stray = [tensor for tensor in found if tensor.removeprefix(PREFIX).removesuffix(MAGNITUDE) not in modules]
+    if stray:
+        raise source.refuse(f"{stray[0]!r} is the magnitude of a module without lora_A and lora_B")
+    return found
 
 
 def _pattern_value(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hydraopt.adapters.lora import LoraModule, check_config, read_modules, saved_modules
+from hydraopt.adapters.configuration import CONFIG_FILE, check_settings, read_config
+from hydraopt.adapters.kinds import KINDS, find_kind
+from hydraopt.adapters.module import AdapterModule, Source
 from hydraopt.adapters.tensor_file import TensorFile
+from hydraopt.adapters.whole_tensors import MAGNITUDE, copied_module, is_saved, saved_modules
 from hydraopt.errors import AdapterFormatError
 
-CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
-_MAX_CONFIG_BYTES = 10_000_000
+
+__all__ = ["CONFIG_FILE", "TENSOR_FILE", "Adapter", "read_adapter"]
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,14 @@ class Adapter:
     folder: Path
     config: dict[str, Any]
     file: TensorFile
-    modules: dict[str, LoraModule]
+    modules: dict[str, AdapterModule]
     extras: tuple[str, ...]
+    settings: dict[str, bool | int | float | str]
+
+    @property
+    def kind(self) -> str:
+        """PEFT's name of the kind, such as ``LORA``."""
+        return str(self.config["peft_type"])
 
     @property
     def base_model(self) -> str:
@@ -52,9 +61,10 @@ class Adapter:
 
     @property
     def saved_modules(self) -> tuple[str, ...]:
-        """Layers the adapter replaces whole, sorted."""
-        present = {part for tensor in self.extras for part in tensor.split(".")}
-        return tuple(sorted(saved_modules(self.config) & present))
+        """Names of the layers the adapter replaces whole, as its configuration gives them, sorted."""
+        whole = [name for name in self.extras if not name.endswith(MAGNITUDE) and copied_module(name) is None]
+        names = saved_modules(self.config)
+        return tuple(sorted(name for name in names if any(is_saved(tensor, name) for tensor in whole)))
 
     @cached_property
     def reference_bytes(self) -> int:
@@ -76,8 +86,9 @@ class Adapter:
             "base_model": self.base_model,
             "revision": self.revision,
             "task_type": self.task_type,
-            "fan_in_fan_out": bool(self.config.get("fan_in_fan_out")),
-            "scalings": {name: module.scaling for name, module in self.modules.items()},
+            "kind": self.kind,
+            "settings": self.settings,
+            "modules": {name: asdict(module) for name, module in self.modules.items()},
             "tensors": {name: [str(e.dtype), list(e.shape)] for name, e in self.file.entries.items()},
         }
         digest.update(json.dumps(meaning, sort_keys=True, separators=(",", ":")).encode())
@@ -108,23 +119,22 @@ class Adapter:
         Raises:
             AdapterFormatError: If a value is NaN or infinite.
         """
-        spec = self.modules[module]
-        up, down = self._finite(spec.up), self._finite(spec.down)
-        return up.to(dtype) * spec.scaling, down.to(dtype)
+        up, down, scaling = KINDS[self.kind].parts(self.modules[module], self._finite)
+        return up.to(dtype) * scaling, down.to(dtype)
 
     def parts(self, module: str) -> tuple[Tensor, Tensor, float]:
-        """``(up, down, scaling)`` of one module as the file stores them: ``dW = scaling * up @ down``.
+        """``(up, down, scaling)`` of one module: ``dW = scaling * up @ down``.
 
-        For repeated reading of what :meth:`factors` checked once: values are not looked at, no number is converted.
+        For repeated reading of what :meth:`factors` checked once: values are not looked at.
 
         Args:
             module: One of ``self.modules``.
 
         Returns:
-            ``up`` (d_out, rank) and ``down`` (rank, d_in) in the file's dtype, and the scaling.
+            ``up`` (d_out, rank) and ``down`` (rank, d_in), in the file's dtype where its kind stores factors and in
+            float32 where it computes them, and the scaling.
         """
-        spec = self.modules[module]
-        return self.file.read(spec.up), self.file.read(spec.down), spec.scaling
+        return KINDS[self.kind].parts(self.modules[module], self.file.read)
 
     def extra(self, tensor: str) -> Tensor:
         """One ``modules_to_save`` tensor, exactly as stored."""
@@ -168,13 +178,9 @@ def read_adapter(folder: str | Path) -> Adapter:
             merged exactly, or a tensor contradicts the configuration.
     """
     folder = Path(folder)
-    config = _read_config(folder)
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise AdapterFormatError(
-            f"{folder}: adapters of kind {kind!r} are not supported; supported is 'LORA'"
-        )
-    check_config(str(folder), config)
+    config = read_config(folder)
+    kind = find_kind(str(folder), config.get("peft_type"))
+    check_settings(str(folder), config, kind.refused, kind.ignored)
     if not (folder / TENSOR_FILE).is_file():
         pickles = sorted(path.name for path in folder.glob("*.bin")) + sorted(
             path.name for path in folder.glob("*.pt")
@@ -186,39 +192,5 @@ def read_adapter(folder: str | Path) -> Adapter:
             )
         raise AdapterFormatError(f"{folder}: not a PEFT adapter folder: {TENSOR_FILE} is missing")
     file = TensorFile(folder / TENSOR_FILE, AdapterFormatError)
-    modules, extras = read_modules(str(folder), config, file.entries)
-    return Adapter(folder, config, file, modules, extras)
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG_FILE
-    if not folder.is_dir():
-        raise AdapterFormatError(f"{folder}: no such folder")
-    if not path.is_file():
-        raise AdapterFormatError(f"{folder}: not a PEFT adapter folder: {CONFIG_FILE} is missing")
-    if path.stat().st_size > _MAX_CONFIG_BYTES:
-        raise AdapterFormatError(f"{path}: {path.stat().st_size} bytes is no adapter configuration")
-    try:
-        config = json.loads(path.read_bytes())
-    except ValueError as reason:
-        raise AdapterFormatError(f"{path}: not JSON ({reason})") from reason
-    if not isinstance(config, dict):
-        raise AdapterFormatError(f"{path}: expected a JSON object, found {type(config).__name__}")
-    if not isinstance(config.get("base_model_name_or_path"), str) or not config["base_model_name_or_path"]:
-        raise AdapterFormatError(
-            f"{path}: base_model_name_or_path is {config.get('base_model_name_or_path')!r}; "
-            "write the name of the base model the adapter was trained on"
-        )
-    if config.get("peft_type") == "LORA":
-        _check_numbers(path, config)
-    return config
-
-
-def _check_numbers(path: Path, config: dict[str, Any]) -> None:
-    for key in ("r", "lora_alpha"):
-        value = config.get(key)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise AdapterFormatError(f"{path}: {key} is {value!r}; expected a number")
-    for key in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(config.get(key) or {}, dict):
-            raise AdapterFormatError(f"{path}: {key} is {config[key]!r}; expected an object")
+    contents = kind.read(Source(str(folder), config, file.entries, file.read))
+    return Adapter(folder, config, file, contents.modules, contents.extras, contents.settings)

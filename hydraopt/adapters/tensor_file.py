@@ -89,15 +89,17 @@ def _read_header(path: Path, error: type[HydraoptError]) -> dict[str, TensorEntr
     with path.open("rb") as file:
         start = file.read(8)
         length = int.from_bytes(start, "little")
+        fits = size >= 8 and length <= min(MAX_HEADER_BYTES, size - 8)
+        header = file.read(length) if fits else b""
+    # A length may begin like a pickle (2688 is 80 0a ...): only what is no safetensors file is called one.
+    if header[:1] != b"{":
         if start[:2] == b"PK" or start[:1] == b"\x80":
             raise error(
                 f"{path}: this is a pickle with another name, not safetensors; it was not opened. {_SAVE_AGAIN}"
             )
-        if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
-            raise error(
-                f"{path}: not a safetensors file (its header claims {length} of {size} bytes). {_SAVE_AGAIN}"
-            )
-        header = file.read(length)
+        raise error(
+            f"{path}: not a safetensors file (its header claims {length} of {size} bytes). {_SAVE_AGAIN}"
+        )
     try:
         with safe_open(path, framework="pt"):
             pass  # the library checks offsets, overlaps and shapes against the file's length

@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
-from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from hydraopt.adapters.lora import PREFIX
+from hydraopt.adapters.module import PREFIX
+from hydraopt.adapters.whole_tensors import is_saved
+from hydraopt.bundle.attach_extras import place_extras
+from hydraopt.bundle.chains import Chain, pair
 from hydraopt.bundle.contents import Bundle
-from hydraopt.bundle.export import lora_settings, nonzero_factors
+from hydraopt.bundle.lora_folder import lora_chains, lora_settings
 from hydraopt.errors import BundleError
 
 
@@ -46,24 +47,25 @@ def attach(bundle: Bundle, base_model: nn.Module) -> PeftModel:
 
     Returns:
         A PeftModel in eval mode; ``set_adapter(task)`` switches. All tasks' ``lora_A`` of one module are the same
-        Parameter. Factors take the dtype and device of the base model's weights.
+        Parameter. Tensors take the dtype and device of the base model's weights.
 
     Raises:
         BundleError: If the base model lacks a module of the bundle or has it in another size.
     """
     _check_modules(bundle, base_model)
+    _check_replaced(bundle)
     shared_rows = _shared_rows(bundle, base_model)
     model: Any = None
     for task in bundle.task_names:
-        factors = nonzero_factors(bundle, task)
-        config = LoraConfig(**lora_settings(bundle, task, factors))
+        chains = lora_chains(bundle, task)
+        config = LoraConfig(**lora_settings(bundle, task, chains))
         if model is None:
             model = get_peft_model(base_model, config, adapter_name=task, low_cpu_mem_usage=True)
         else:
             model.add_adapter(task, config, low_cpu_mem_usage=True)
-        for name, parts in factors.items():
-            _place(model.get_submodule(PREFIX + name), task, parts, shared_rows.get(name))
-        _place_extras(model, task, bundle.extras(task))
+        for name, chain in chains.items():
+            _place(model.get_submodule(PREFIX + name), task, chain, shared_rows.get(name))
+        place_extras(model, task, bundle.extras(task))
     model.requires_grad_(requires_grad=False)
     model.set_adapter(bundle.task_names[0])
     model.requires_grad_(requires_grad=False)
@@ -76,7 +78,7 @@ def _check_modules(bundle: Bundle, base_model: nn.Module) -> None:
         weight = getattr(found.get(module.name), "weight", None)
         if weight is None:
             raise BundleError(
-                f"the base model has no linear module {module.name!r}; the bundle belongs to "
+                f"the base model has no {module.layer} module {module.name!r}; the bundle belongs to "
                 f"{bundle.manifest.base_model.name!r}"
             )
         if sorted(weight.shape) != sorted(module.shape):
@@ -84,6 +86,19 @@ def _check_modules(bundle: Bundle, base_model: nn.Module) -> None:
                 f"module {module.name!r} is {tuple(weight.shape)} in the base model but {module.shape} in the bundle; "
                 f"it belongs to {bundle.manifest.base_model.name!r}"
             )
+
+
+def _check_replaced(bundle: Bundle) -> None:
+    """One model cannot hold a layer that one task replaces whole and another updates."""
+    for index, task in enumerate(bundle.task_names):
+        updated = [module.name for module in bundle.manifest.modules if module.ranks[index] >= 0]
+        for other in bundle.task_names:
+            for name in bundle.manifest.tasks[other].saved_modules:
+                if any(is_saved(f"{PREFIX}{module}.weight", name) for module in updated):
+                    raise BundleError(
+                        f"task {other!r} replaces {name!r} whole and task {task!r} updates it; one model cannot hold "
+                        "both. Export the tasks and load them one at a time"
+                    )
 
 
 def _shared_rows(bundle: Bundle, base_model: nn.Module) -> dict[str, nn.Parameter]:
@@ -99,29 +114,23 @@ def _parameter(part: Tensor, like: Any) -> nn.Parameter:
     return nn.Parameter(part.to(device=like.device, dtype=dtype, copy=True), requires_grad=False)
 
 
-def _place(layer: LoraLayer, task: str, parts: tuple[Tensor, ...], shared: nn.Parameter | None) -> None:
+def _place(layer: Any, task: str, chain: Chain, shared: nn.Parameter | None) -> None:
+    """Put a chain where PEFT keeps its factors; ``shared`` is its last matrix, if all tasks use it."""
     like = layer.get_base_layer().weight
-    layer.lora_A[task] = _linear(_parameter(parts[-1], like) if shared is None else shared)
-    if len(parts) == 3:
-        layer.lora_B[task] = LowRankHead(_parameter(parts[0], like), _parameter(parts[1], like))
+    if isinstance(layer.get_base_layer(), nn.Embedding):
+        up, down = pair(chain)
+        keeps_shared = shared is not None and down.shape[0] == chain[-1].shape[0] and len(chain) == 2
+        layer.lora_embedding_A[task] = shared if keeps_shared else _parameter(down, like)
+        layer.lora_embedding_B[task] = _parameter(up, like)
+        return
+    layer.lora_A[task] = _linear(_parameter(chain[-1], like) if shared is None else shared)
+    if len(chain) == 3:
+        layer.lora_B[task] = LowRankHead(_parameter(chain[0], like), _parameter(chain[1], like))
     else:
-        layer.lora_B[task] = _linear(_parameter(parts[0], like))
+        layer.lora_B[task] = _linear(_parameter(chain[0], like))
 
 
 def _linear(weight: nn.Parameter) -> nn.Linear:
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = weight
     return linear
-
-
-def _place_extras(model: PeftModel, task: str, extras: dict[str, Tensor]) -> None:
-    for name, tensor in extras.items():
-        path, leaf = name.rsplit(".", 1)
-        module: Any = model
-        for part in path.split("."):
-            module = getattr(module, part)
-            if isinstance(module, ModulesToSaveWrapper):
-                module = module.modules_to_save[task]
-        setattr(module, leaf, nn.Parameter(tensor.clone(), requires_grad=False))
-        if isinstance(module, nn.Linear) and leaf == "weight":
-            module.out_features, module.in_features = tensor.shape

@@ -8,18 +8,24 @@ targets, both factors for every target in every layer.
 from __future__ import annotations
 
 import json
-import re
-from collections import Counter
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from hydraopt.adapters.lora import PREFIX
 from hydraopt.adapters.peft_folder import CONFIG_FILE, TENSOR_FILE
+from hydraopt.bundle.chains import chain_rank, pair
 from hydraopt.bundle.contents import Bundle, write_folder
+from hydraopt.bundle.lora_folder import (
+    Folder,
+    lora_chains,
+    lora_config,
+    lora_folder,
+    lora_settings,
+    lora_tensors,
+)
 from hydraopt.errors import BundleError
 
 Profile = Literal["peft", "portable"]
@@ -39,116 +45,64 @@ def export(bundle: Bundle, out: Path, *, task: str | None = None, profile: str =
         The folder of each task.
 
     Raises:
-        BundleError: If there is no such task or profile, or the portable profile cannot hold the task's extras.
+        BundleError: If there is no such task or profile, or the portable profile cannot hold the task.
     """
     if profile not in get_args(Profile):
         raise BundleError(f"profile={profile!r}: use one of {', '.join(get_args(Profile))}")
     tasks = bundle.task_names if task is None else (task,)
     folders = {}
     for name in tasks:
-        config, tensors = _portable(bundle, name) if profile == "portable" else _peft(bundle, name)
+        folder = _portable(bundle, name) if profile == "portable" else lora_folder(bundle, name)
         files = {
-            CONFIG_FILE: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
-            TENSOR_FILE: safetensors.torch.save(tensors, metadata={"format": "pt"}),
+            CONFIG_FILE: (json.dumps(folder.config, indent=2, sort_keys=True) + "\n").encode(),
+            TENSOR_FILE: safetensors.torch.save(folder.tensors, metadata={"format": "pt"}),
         }
         folders[name] = write_folder(out / name, files)
     return folders
 
 
-def pair(parts: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    """``(up, down)`` as LoRA wants them; an inner factor is multiplied into the shared rows, in float32."""
-    if len(parts) == 2:
-        return parts[0], parts[1]
-    return parts[0], (parts[1].float() @ parts[2].float()).to(parts[1].dtype)
-
-
-def nonzero_factors(bundle: Bundle, task: str) -> dict[str, tuple[Tensor, ...]]:
-    """The factors of the modules this task changes.
-
-    PEFT cannot hold a rank of 0, nor an adapter without a module: a task that changes nothing keeps one zero
-    update of rank 1.
-    """
-    factors = bundle.factors(task)
-    kept = {name: parts for name, parts in factors.items() if parts[0].shape[1] > 0}
-    if kept:
-        return kept
-    module = bundle.manifest.modules[0]
-    dtype = bundle.dtype
-    up, down = torch.zeros(module.shape[0], 1, dtype=dtype), torch.zeros(1, module.shape[1], dtype=dtype)
-    return {module.name: (up, down)}
-
-
-def lora_settings(bundle: Bundle, task: str, factors: dict[str, tuple[Tensor, ...]]) -> dict[str, Any]:
-    """The ``LoraConfig`` fields under which PEFT computes exactly ``up @ down``: alpha equal to the rank everywhere."""
-    entry = bundle.manifest.tasks[task]
-    ranks = {
-        name: parts[-1].shape[0] if len(parts) == 2 else parts[0].shape[1] for name, parts in factors.items()
-    }
-    usual = Counter(sorted(ranks.values())).most_common(1)[0][0]
-    # PEFT reads the keys as regular expressions.
-    pattern = {re.escape(name): rank for name, rank in sorted(ranks.items()) if rank != usual}
-    return {
-        "task_type": entry.task_type,
-        "base_model_name_or_path": bundle.manifest.base_model.name,
-        "revision": bundle.manifest.base_model.revision,
-        "inference_mode": True,
-        "r": usual,
-        "lora_alpha": usual,
-        "lora_dropout": 0.0,
-        "target_modules": sorted(factors),
-        "rank_pattern": pattern,
-        "alpha_pattern": dict(pattern),
-        "fan_in_fan_out": entry.fan_in_fan_out,
-        "modules_to_save": list(entry.saved_modules) or None,
-    }
-
-
-def _config(settings: dict[str, Any]) -> dict[str, Any]:
-    return {"peft_type": "LORA", "bias": "none", "use_rslora": False, "use_dora": False, **settings}
-
-
-def _peft(bundle: Bundle, task: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    factors = nonzero_factors(bundle, task)
-    tensors = {name: tensor.contiguous() for name, tensor in bundle.extras(task).items()}
-    for name, parts in factors.items():
-        up, down = pair(parts)
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = down.contiguous()
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = up.contiguous()
-    return _config(lora_settings(bundle, task, factors)), tensors
-
-
-def _portable(bundle: Bundle, task: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    entry = bundle.manifest.tasks[task]
+def _portable(bundle: Bundle, task: str) -> Folder:
+    chains = lora_chains(bundle, task)
+    if bundle.manifest.tasks[task].settings.get("use_dora"):
+        raise BundleError(
+            f"task {task!r} is a DoRA, which the portable profile cannot hold (servers refuse it); use 'peft'"
+        )
+    updated = [module for module in bundle.manifest.modules if module.layer in {"linear", "embedding"}]
+    tables = [module.name for module in updated if module.layer == "embedding" and module.name in chains]
+    if tables:
+        raise BundleError(
+            f"task {task!r} updates the embedding table {tables[0]!r}, which the portable profile cannot hold; use the "
+            "profile 'peft'"
+        )
     if bundle.extras(task):
         raise BundleError(
-            f"task {task!r} replaces {', '.join(entry.saved_modules)} whole, which the portable profile cannot hold "
-            "(servers refuse modules_to_save); use the profile 'peft'"
+            f"task {task!r} replaces {', '.join(bundle.manifest.tasks[task].saved_modules)} whole, which the portable "
+            "profile cannot hold (servers refuse modules_to_save); use the profile 'peft'"
         )
-    factors = nonzero_factors(bundle, task)
-    widest = max(parts[0].shape[1] for parts in factors.values())
+    widest = max(chain_rank(chain) for chain in chains.values())
     fitting = [rank for rank in _PORTABLE_RANKS if rank >= widest]
     if not fitting:
         raise BundleError(
             f"task {task!r} has a head of rank {widest}; the portable profile ends at {_PORTABLE_RANKS[-1]}"
         )
     rank = fitting[0]
-    tensors = {}
-    for module in bundle.manifest.modules:
+    tensors: dict[str, Tensor] = {}
+    targets = [module for module in updated if module.layer == "linear"]
+    dtype = next(iter(chains.values()))[0].dtype
+    for module in targets:
         d_out, d_in = module.shape
-        dtype = bundle.dtype
         padded_up, padded_down = torch.zeros(d_out, rank, dtype=dtype), torch.zeros(rank, d_in, dtype=dtype)
-        if module.name in factors:
-            up, down = pair(factors[module.name])
+        if module.name in chains:
+            up, down = pair(chains[module.name])
             padded_up[:, : up.shape[1]] = up
             padded_down[: down.shape[0]] = down
-        tensors[f"{PREFIX}{module.name}.lora_A.weight"] = padded_down
-        tensors[f"{PREFIX}{module.name}.lora_B.weight"] = padded_up
-    settings = lora_settings(bundle, task, factors) | {
+        tensors |= lora_tensors(module.layer, module.name, padded_up, padded_down)
+    settings = lora_settings(bundle, task, chains) | {
         "r": rank,
         "lora_alpha": rank,
         "rank_pattern": {},
         "alpha_pattern": {},
-        "target_modules": sorted({module.name.rsplit(".", 1)[-1] for module in bundle.manifest.modules}),
+        "target_modules": sorted({module.name.rsplit(".", 1)[-1] for module in targets}),
         "fan_in_fan_out": False,
     }
-    return _config(settings), tensors
+    return Folder(lora_config(settings), tensors)

@@ -88,7 +88,10 @@ class TaskEntry(_Part):
     file: FileEntry
     relative_error: float = Field(description="|dW - merged| / |dW|, Frobenius, over all modules, as stored.")
     task_type: str | None = None
-    fan_in_fan_out: bool = False
+    kind: str = Field("LORA", description="PEFT's name of the adapter's kind.")
+    settings: dict[str, bool | int | float | str] = Field(
+        default_factory=dict, description="What writing the adapter back needs beside its numbers."
+    )
     saved_modules: tuple[str, ...] = ()
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hydraopt.adapters import Adapter
+from hydraopt.adapters.module import AdapterModule
 from hydraopt.bundle.contents import Bundle, BundleContents, container_bytes, describe
 from hydraopt.bundle.layout import (
     SCHEMA,
@@ -147,13 +148,22 @@ class Assembly:
         groups: tuple[int, ...],
     ) -> ModuleEntry:
         return ModuleEntry(
-            name=name, shape=self.shape(name), family=family, shared=shared, heads=tuple(heads), groups=groups
+            name=name,
+            shape=self.shape(name),
+            layer=self._module(name).layer,
+            family=family,
+            shared=shared,
+            heads=tuple(heads),
+            groups=groups,
         )
 
     def shape(self, name: str) -> tuple[int, int]:
         """(d_out, d_in) of a module."""
-        module = next(adapter.modules[name] for adapter in self.adapters.values() if name in adapter.modules)
+        module = self._module(name)
         return module.d_out, module.d_in
+
+    def _module(self, name: str) -> AdapterModule:
+        return next(adapter.modules[name] for adapter in self.adapters.values() if name in adapter.modules)
 
     def _task_entry(self, task: str, digest: str, file: FileEntry, error: float) -> TaskEntry:
         adapter = self.adapters[task]
@@ -163,7 +173,8 @@ class Assembly:
             file=file,
             relative_error=error,
             task_type=adapter.task_type,
-            fan_in_fan_out=bool(adapter.config.get("fan_in_fan_out")),
+            kind=adapter.kind,
+            settings=adapter.settings,
             saved_modules=adapter.saved_modules,
         )
 

@@ -88,7 +88,7 @@ class MergeRun:
         with ThreadPoolExecutor(1) as digests:
             # The digests read the same pages as the merge and cost no BLAS time: beside it, not after it.
             wanted = digests.submit(lambda: {task: adapter.digest for task, adapter in self.adapters.items()})
-            if self.recipe.budget is not None:
+            if self.recipe.budget is not None and self.recipe.budget < 1:
                 self._most_factor_bytes(self.recipe)  # refuse at once what no amount of work would meet
             choices = self.solve(self.trace(), self.recipe)
             return self.assembly.bundle(self.assembly.entries(choices), self._build(choices), wanted.result())

@@ -89,14 +89,21 @@ def test_reference_bytes_count_two_a_number_whatever_the_file_holds(workshop):
 @pytest.mark.parametrize(
     ("setting", "value", "word"),
     [
-        ("use_dora", True, "DoRA"),
+        ("use_dora", True, "magnitude"),
         ("lora_bias", True, "bias"),
         ("bias", "all", "bias"),
         ("kasa_config", {"a": 1}, "KaSA"),
         ("layer_replication", [[0, 2]], "replicated"),
         ("init_lora_weights", "pissa_niter_4", "path_initial_model_for_weight_conversion"),
         ("some_new_switch", True, "some_new_switch"),
-        ("peft_type", "VERA", "VERA"),
+        ("peft_type", "IA3", "IA3.*multiplies"),
+        ("peft_type", "LOHA", "elementwise product"),
+        ("peft_type", "LOKR", "Kronecker"),
+        ("peft_type", "OFT", "rotates"),
+        ("peft_type", "XLORA", "gate"),
+        ("peft_type", "TRAINABLE_TOKENS", "token rows"),
+        ("peft_type", "SOMETHING_NEW", "SOMETHING_NEW.*supported are LORA"),
+        ("peft_type", None, "None"),
         ("base_model_name_or_path", None, "base_model_name_or_path"),
         ("r", "four", "number"),
         ("r", 5, "rank 5"),
@@ -126,6 +133,17 @@ def test_pickled_weights_are_refused_unopened(workshop, tmp_path):
     with pytest.raises(AdapterFormatError, match=r"adapter_model.bin.*pickled"):
         hydraopt.read_adapter(folder)
     assert not marker.exists()
+
+
+@pytest.mark.parametrize("length", [0x0A80, 0x4B50])
+def test_a_header_whose_length_begins_like_a_pickle_is_read(workshop, length):
+    """0x80 opens a pickle, "PK" a zip; a safetensors file begins with the length of its header, low byte first."""
+    file = workshop.adapter("a") / "adapter_model.safetensors"
+    data = file.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    file.write_bytes(length.to_bytes(8, "little") + data[8:end].ljust(length) + data[end:])
+    again = hydraopt.read_adapter(file.parent)
+    assert again.digest == hydraopt.read_adapter(workshop.adapter("b")).digest
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

@@ -1,0 +1,103 @@
+"""``adapter_config.json``: read, and every setting known before a tensor is looked at."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hydraopt.errors import AdapterFormatError
+
+CONFIG_FILE = "adapter_config.json"
+_MAX_CONFIG_BYTES = 10_000_000
+
+COMMON = frozenset({
+    "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_type",
+    "peft_version", "modules_to_save", "library_name",
+})  # fmt: skip
+"""Settings every kind may have; none changes what is computed from the tensors."""
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The parsed configuration of an adapter folder.
+
+    Raises:
+        AdapterFormatError: If there is none, or it names no base model.
+    """
+    path = folder / CONFIG_FILE
+    if not folder.is_dir():
+        raise AdapterFormatError(f"{folder}: no such folder")
+    if not path.is_file():
+        raise AdapterFormatError(f"{folder}: not a PEFT adapter folder: {CONFIG_FILE} is missing")
+    if path.stat().st_size > _MAX_CONFIG_BYTES:
+        raise AdapterFormatError(f"{path}: {path.stat().st_size} bytes is no adapter configuration")
+    try:
+        config = json.loads(path.read_bytes())
+    except ValueError as reason:
+        raise AdapterFormatError(f"{path}: not JSON ({reason})") from reason
+    if not isinstance(config, dict):
+        raise AdapterFormatError(f"{path}: expected a JSON object, found {type(config).__name__}")
+    if not isinstance(config.get("base_model_name_or_path"), str) or not config["base_model_name_or_path"]:
+        raise AdapterFormatError(
+            f"{path}: base_model_name_or_path is {config.get('base_model_name_or_path')!r}; "
+            "write the name of the base model the adapter was trained on"
+        )
+    return config
+
+
+def check_settings(
+    where: str, config: Mapping[str, Any], refused: Mapping[str, str], known: frozenset[str]
+) -> None:
+    """Refuse, by name and with the reason, every setting that could not be merged exactly.
+
+    Raises:
+        AdapterFormatError: For the first such setting.
+    """
+    for setting, reason in refused.items():
+        if config.get(setting):
+            raise AdapterFormatError(f"{where}: {setting}={config[setting]!r} is not supported: {reason}")
+    for setting, value in config.items():
+        if setting not in refused and setting not in known and setting not in COMMON and value:
+            raise AdapterFormatError(
+                f"{where}: unknown setting {setting}={value!r}; it may change what the adapter computes, "
+                "so it is refused rather than guessed"
+            )
+    if config.get("bias", "none") != "none":
+        raise AdapterFormatError(
+            f"{where}: bias={config['bias']!r} is not supported: trained biases are not low-rank"
+        )
+
+
+def number(where: str, config: Mapping[str, Any], key: str) -> float:
+    """A setting that must be a number.
+
+    Raises:
+        AdapterFormatError: If it is missing or something else.
+    """
+    value = config.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise AdapterFormatError(f"{where}: {key} is {value!r}; expected a number")
+    return value
+
+
+def whole_number(where: str, config: Mapping[str, Any], key: str, least: int = 1) -> int:
+    """A setting that must be a whole number of at least ``least``.
+
+    Raises:
+        AdapterFormatError: If it is missing or something else.
+    """
+    value = number(where, config, key)
+    if value != int(value) or value < least:
+        raise AdapterFormatError(f"{where}: {key} is {value!r}; expected a whole number from {least} on")
+    return int(value)
+
+
+def is_target(name: str, targets: object) -> bool:
+    """PEFT's rule: a string is "all-linear" or a regular expression, a list holds names or suffixes."""
+    if isinstance(targets, str):
+        return targets == "all-linear" or re.fullmatch(targets, name) is not None
+    if not isinstance(targets, list):
+        return False
+    return any(name == target or name.endswith(f".{target}") for target in targets)

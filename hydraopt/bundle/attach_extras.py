@@ -1,0 +1,61 @@
+"""The tensors a task carries whole, put into a PeftModel: replaced layers, magnitudes, copies of base weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from hydraopt.adapters.module import PREFIX
+from hydraopt.adapters.whole_tensors import MAGNITUDE, copied_module
+from hydraopt.errors import BundleError
+
+
+def place_extras(model: Any, task: str, extras: Mapping[str, Tensor]) -> None:
+    """Give each tensor its place, in the dtype and on the device of the base model's weights there.
+
+    Raises:
+        BundleError: If a copy of a base weight is not what the base model holds: it would change every task.
+    """
+    for name, tensor in extras.items():
+        if name.endswith(MAGNITUDE):
+            layer = model.get_submodule(name.removesuffix(MAGNITUDE))
+            like = layer.get_base_layer().weight
+            layer.lora_magnitude_vector[task].weight = _parameter(tensor, like)
+        elif (module := copied_module(name)) is not None:
+            _check_copy(model.get_submodule(PREFIX + module), task, name, tensor)
+        else:
+            _replace(model, task, name, tensor)
+
+
+def _check_copy(layer: Any, task: str, name: str, copy: Tensor) -> None:
+    own = getattr(layer.get_base_layer(), name.rsplit(".", 1)[-1])
+    if own is None or own.shape != copy.shape or not torch.equal(copy.to(own.device, own.dtype), own):
+        raise BundleError(
+            f"task {task!r} carries its own {name!r}, which differs from the base model's: it was resized or trained. "
+            "One model cannot hold both; export the task and load it alone"
+        )
+
+
+def _replace(model: Any, task: str, name: str, tensor: Tensor) -> None:
+    path, leaf = name.rsplit(".", 1)
+    module: Any = model
+    for part in path.split("."):
+        module = getattr(module, part)
+        if isinstance(module, ModulesToSaveWrapper):
+            module = module.modules_to_save[task]
+    like = getattr(module, leaf)
+    if leaf in dict(module.named_buffers(recurse=False)):
+        setattr(module, leaf, tensor.to(device=like.device, dtype=like.dtype, copy=True))
+    else:
+        setattr(module, leaf, _parameter(tensor, like))
+    if isinstance(module, nn.Linear) and leaf == "weight":
+        module.out_features, module.in_features = tensor.shape
+
+
+def _parameter(tensor: Tensor, like: Tensor) -> nn.Parameter:
+    dtype = like.dtype if like.dtype.is_floating_point else torch.float32  # quantised bases compute in float
+    return nn.Parameter(tensor.to(device=like.device, dtype=dtype, copy=True), requires_grad=False)

@@ -1,0 +1,100 @@
+"""One task of a bundle as a LoRA folder: what LoRA, AdaLoRA and DoRA tasks are written back as."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from hydraopt.adapters.module import PREFIX
+from hydraopt.bundle.chains import Chain, chain_rank, pair, zero_chain
+from hydraopt.bundle.contents import Bundle
+
+
+class Folder(NamedTuple):
+    """What a PEFT folder holds."""
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def lora_chains(bundle: Bundle, task: str) -> dict[str, Chain]:
+    """The chains of the modules this task changes, none of rank 0.
+
+    A module of rank 0 is left out, but for DoRA, whose magnitude still acts on it: PEFT cannot hold a rank of 0, so it
+    keeps one zero direction. So does a task that changes nothing, as PEFT cannot hold an adapter without a module.
+    """
+    chains = bundle.factors(task)
+    kept = {name: chain for name, chain in chains.items() if chain_rank(chain) > 0}
+    keeps_all = bundle.manifest.tasks[task].settings.get("use_dora")
+    for name in chains if keeps_all else list(chains)[:1] if not kept else ():
+        if name not in kept:
+            chain = chains[name]
+            kept[name] = zero_chain((chain[0].shape[0], chain[-1].shape[1]), chain[0].dtype)
+    return kept
+
+
+def common_settings(bundle: Bundle, task: str) -> dict[str, Any]:
+    """The settings every kind of folder has."""
+    entry = bundle.manifest.tasks[task]
+    return {
+        "task_type": entry.task_type,
+        "base_model_name_or_path": bundle.manifest.base_model.name,
+        "revision": bundle.manifest.base_model.revision,
+        "inference_mode": True,
+        "modules_to_save": list(entry.saved_modules) or None,
+    }
+
+
+def lora_settings(bundle: Bundle, task: str, chains: dict[str, Chain]) -> dict[str, Any]:
+    """The ``LoraConfig`` fields under which PEFT computes exactly ``up @ down``: alpha equal to the rank everywhere."""
+    entry = bundle.manifest.tasks[task]
+    ranks = {name: chain_rank(chain) for name, chain in chains.items()}
+    usual = Counter(sorted(ranks.values())).most_common(1)[0][0]
+    # PEFT reads the keys as regular expressions.
+    pattern = {re.escape(name): rank for name, rank in sorted(ranks.items()) if rank != usual}
+    return common_settings(bundle, task) | {
+        "r": usual,
+        "lora_alpha": usual,
+        "lora_dropout": 0.0,
+        "target_modules": sorted(chains),
+        "rank_pattern": pattern,
+        "alpha_pattern": dict(pattern),
+        "fan_in_fan_out": bool(entry.settings.get("fan_in_fan_out")),
+        "use_dora": bool(entry.settings.get("use_dora")),
+    }
+
+
+def lora_config(settings: dict[str, Any]) -> dict[str, Any]:
+    """``adapter_config.json`` of a LoRA."""
+    return {"peft_type": "LORA", "bias": "none", "use_rslora": False, **settings}
+
+
+def lora_tensors(layer: str, name: str, up: Tensor, down: Tensor) -> dict[str, Tensor]:
+    """A module's two tensors under the names PEFT gives them."""
+    ending = (
+        ("lora_embedding_A", "lora_embedding_B")
+        if layer == "embedding"
+        else ("lora_A.weight", "lora_B.weight")
+    )
+    return {
+        f"{PREFIX}{name}.{ending[0]}": down.contiguous(),
+        f"{PREFIX}{name}.{ending[1]}": up.contiguous(),
+    }
+
+
+def layers(bundle: Bundle) -> dict[str, str]:
+    """What each module's update is added to, by module."""
+    return {module.name: module.layer for module in bundle.manifest.modules}
+
+
+def lora_folder(bundle: Bundle, task: str) -> Folder:
+    """Every module at its own rank, extras (DoRA's magnitudes among them) as they were."""
+    chains = lora_chains(bundle, task)
+    layer_of = layers(bundle)
+    tensors = {name: tensor.contiguous() for name, tensor in bundle.extras(task).items()}
+    for name, chain in chains.items():
+        tensors |= lora_tensors(layer_of[name], name, *pair(chain))
+    return Folder(lora_config(lora_settings(bundle, task, chains)), tensors)

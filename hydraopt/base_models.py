@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -23,6 +23,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
 )
+from transformers.pytorch_utils import Conv1D
 
 from hydraopt.errors import TaskFileError
 
@@ -129,6 +130,44 @@ def load_base(
     _ensure_padding(model, tokenizer)
     new = tuple(sorted({key.rsplit(".", 1)[0] for key in report["missing_keys"]}))
     return LoadedBase(model.to(resolve_device(device)).eval(), tokenizer, new)
+
+
+def linear_shape(module: torch.nn.Module) -> tuple[int, int] | None:
+    """(d_out, d_in) of a linear layer; None for any other module."""
+    if isinstance(module, torch.nn.Linear):
+        return module.out_features, module.in_features
+    return (module.nf, module.nx) if isinstance(module, Conv1D) else None
+
+
+def linear_shapes(name: str, revision: str | None, task_types: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """Sizes (d_out, d_in) of a base model's linear layers, from its configuration; no weight is read.
+
+    Args:
+        name: A local folder or a hub id.
+        revision: As for :func:`load_base`.
+        task_types: The kinds of model whose layer names to give; layers of all of them are.
+
+    Raises:
+        TaskFileError: If the configuration cannot be found; the message names the ways out.
+    """
+    source = name if revision is not None and name in PACKAGED_MODELS else base_model_path(name)
+    local = _is_folder(source)
+    shapes = {}
+    try:
+        if not local:
+            _find_on_hub(source, revision)
+        with quiet(), torch.device("meta"):
+            config = AutoConfig.from_pretrained(
+                source, trust_remote_code=False, revision=None if local else revision, local_files_only=local
+            )
+            for task_type in task_types:
+                model = _MODEL_CLASSES[task_type].from_config(config, trust_remote_code=False)
+                for path, module in model.named_modules():
+                    if (shape := linear_shape(module)) is not None:
+                        shapes[path] = shape
+    except (OSError, ValueError, KeyError, ImportError, huggingface_hub.errors.HfHubHTTPError) as reason:
+        raise TaskFileError(_not_loaded(name, revision, reason)) from reason
+    return shapes
 
 
 def generation_task_type(name: str, revision: str | None) -> TaskType:

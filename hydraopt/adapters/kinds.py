@@ -5,12 +5,20 @@ from __future__ import annotations
 from hydraopt.adapters.adalora import AdaLoraKind
 from hydraopt.adapters.lora import LoraKind
 from hydraopt.adapters.module import Kind
+from hydraopt.adapters.prompts import PrefixTuningKind, PromptTuningKind
+from hydraopt.adapters.vera import VeraKind
 from hydraopt.errors import AdapterFormatError
 
-KINDS: dict[str, Kind] = {kind.name: kind for kind in (LoraKind(), AdaLoraKind())}
+KINDS: dict[str, Kind] = {
+    kind.name: kind
+    for kind in (LoraKind(), AdaLoraKind(), VeraKind(), PromptTuningKind(), PrefixTuningKind())
+}
 
 LORA_KINDS = frozenset({"LORA", "ADALORA"})
 """Kinds whose update is a plain product on a layer's weight: written back as LoRA, and attached together."""
+
+PROMPT_KINDS = frozenset({"PROMPT_TUNING", "PREFIX_TUNING"})
+"""Kinds that add virtual tokens and leave the layers alone."""
 
 _REFUSED = {
     "IA3": "it multiplies activations by a vector; that is not an additive update",

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
+from hydraopt.adapters.kinds import LORA_KINDS, PROMPT_KINDS
 from hydraopt.adapters.module import PREFIX
 from hydraopt.adapters.whole_tensors import is_saved
 from hydraopt.bundle.attach_extras import place_extras
+from hydraopt.bundle.attach_prompts import attach_prompts
+from hydraopt.bundle.attach_vera import attach_vera
 from hydraopt.bundle.chains import Chain, pair
 from hydraopt.bundle.contents import Bundle
 from hydraopt.bundle.lora_folder import lora_chains, lora_settings
@@ -42,7 +46,8 @@ def attach(bundle: Bundle, base_model: nn.Module) -> PeftModel:
     """Put every task of a bundle into a base model.
 
     Args:
-        bundle: The merged set.
+        bundle: The merged set: of LoRA, DoRA and AdaLoRA tasks, or of VeRA tasks, or of prompts of one kind. PEFT
+            cannot hold a mixture of these in one model.
         base_model: A transformers model of the bundle's base. It is changed in place, as PEFT does.
 
     Returns:
@@ -50,14 +55,39 @@ def attach(bundle: Bundle, base_model: nn.Module) -> PeftModel:
         Parameter. Tensors take the dtype and device of the base model's weights.
 
     Raises:
-        BundleError: If the base model lacks a module of the bundle or has it in another size.
+        BundleError: If the tasks do not fit into one model, or the base model lacks a module of the bundle or has it
+            in another size.
     """
+    model: Any = _attach_for(bundle)(bundle, base_model)
+    model.requires_grad_(requires_grad=False)
+    model.set_adapter(bundle.task_names[0])
+    model.requires_grad_(requires_grad=False)
+    return model.eval()
+
+
+def _attach_for(bundle: Bundle) -> Callable[[Bundle, nn.Module], PeftModel]:
+    kinds: dict[str, str] = {}
+    for task in bundle.task_names:
+        kind = bundle.manifest.tasks[task].kind
+        kinds.setdefault("LORA" if kind in LORA_KINDS else kind, task)
+    if len(kinds) > 1:
+        named = " and ".join(f"{kind} (task {task!r})" for kind, task in kinds.items())
+        raise BundleError(
+            f"the bundle holds {named}, which one model cannot hold together; export the tasks and load them apart"
+        )
+    kind = next(iter(kinds))
+    if kind == "VERA":
+        return attach_vera
+    return attach_prompts if kind in PROMPT_KINDS else _attach_lora
+
+
+def _attach_lora(bundle: Bundle, base_model: nn.Module) -> PeftModel:
     _check_modules(bundle, base_model)
-    _check_replaced(bundle)
+    chains_of = {task: lora_chains(bundle, task) for task in bundle.task_names}
+    _check_replaced(bundle, chains_of)
     shared_rows = _shared_rows(bundle, base_model)
     model: Any = None
-    for task in bundle.task_names:
-        chains = lora_chains(bundle, task)
+    for task, chains in chains_of.items():
         config = LoraConfig(**lora_settings(bundle, task, chains))
         if model is None:
             model = get_peft_model(base_model, config, adapter_name=task, low_cpu_mem_usage=True)
@@ -66,10 +96,7 @@ def attach(bundle: Bundle, base_model: nn.Module) -> PeftModel:
         for name, chain in chains.items():
             _place(model.get_submodule(PREFIX + name), task, chain, shared_rows.get(name))
         place_extras(model, task, bundle.extras(task))
-    model.requires_grad_(requires_grad=False)
-    model.set_adapter(bundle.task_names[0])
-    model.requires_grad_(requires_grad=False)
-    return model.eval()
+    return model
 
 
 def _check_modules(bundle: Bundle, base_model: nn.Module) -> None:
@@ -88,13 +115,12 @@ def _check_modules(bundle: Bundle, base_model: nn.Module) -> None:
             )
 
 
-def _check_replaced(bundle: Bundle) -> None:
+def _check_replaced(bundle: Bundle, chains_of: dict[str, dict[str, Chain]]) -> None:
     """One model cannot hold a layer that one task replaces whole and another updates."""
-    for index, task in enumerate(bundle.task_names):
-        updated = [module.name for module in bundle.manifest.modules if module.ranks[index] >= 0]
-        for other in bundle.task_names:
-            for name in bundle.manifest.tasks[other].saved_modules:
-                if any(is_saved(f"{PREFIX}{module}.weight", name) for module in updated):
+    for other in bundle.task_names:
+        for name in bundle.manifest.tasks[other].saved_modules:
+            for task, chains in chains_of.items():
+                if any(is_saved(f"{PREFIX}{module}.weight", name) for module in chains):
                     raise BundleError(
                         f"task {other!r} replaces {name!r} whole and task {task!r} updates it; one model cannot hold "
                         "both. Export the tasks and load them one at a time"

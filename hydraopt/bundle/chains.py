@@ -20,8 +20,8 @@ def pair(chain: Chain) -> tuple[Tensor, Tensor]:
         return chain[0], chain[1]
     first, middle, last = chain
     if middle.shape[0] <= middle.shape[1]:
-        return first, (middle.float() @ last.float()).to(middle.dtype)
-    return (first.float() @ middle.float()).to(middle.dtype), last
+        return first, (middle.float() @ last.float()).to(last.dtype)
+    return (first.float() @ middle.float()).to(first.dtype), last
 
 
 def product(chain: Chain) -> Tensor:

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from hydraopt.adapters.module import PREFIX
@@ -34,6 +35,12 @@ def lora_chains(bundle: Bundle, task: str) -> dict[str, Chain]:
             chain = chains[name]
             kept[name] = zero_chain((chain[0].shape[0], chain[-1].shape[1]), chain[0].dtype)
     return kept
+
+
+def stored_dtype(bundle: Bundle) -> torch.dtype:
+    """The float dtype of what the bundle stores in 16 or 32 bits; exports are written in it."""
+    dtype: torch.dtype = getattr(torch, bundle.manifest.recipe.dtype)
+    return dtype
 
 
 def common_settings(bundle: Bundle, task: str) -> dict[str, Any]:
@@ -94,7 +101,9 @@ def lora_folder(bundle: Bundle, task: str) -> Folder:
     """Every module at its own rank, extras (DoRA's magnitudes among them) as they were."""
     chains = lora_chains(bundle, task)
     layer_of = layers(bundle)
+    dtype = stored_dtype(bundle)
     tensors = {name: tensor.contiguous() for name, tensor in bundle.extras(task).items()}
     for name, chain in chains.items():
-        tensors |= lora_tensors(layer_of[name], name, *pair(chain))
+        up, down = pair(chain)
+        tensors |= lora_tensors(layer_of[name], name, up.to(dtype), down.to(dtype))
     return Folder(lora_config(lora_settings(bundle, task, chains)), tensors)

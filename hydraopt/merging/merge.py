@@ -9,6 +9,7 @@ import torch
 from pydantic import ValidationError
 
 from hydraopt.adapters import Adapter, read_adapter
+from hydraopt.adapters.together import check_kinds
 from hydraopt.bundle.contents import Bundle
 from hydraopt.errors import AdapterMismatchError, BudgetError
 from hydraopt.merging.recipe import Recipe
@@ -137,6 +138,7 @@ def check_set(adapters: Mapping[str, Adapter]) -> None:
                     f"module {name!r}: task {task!r} updates a weight of {size}, but task {other!r} one of {known} "
                     "(d_out, d_in). Were both trained on the same base model?"
                 )
+    check_kinds(adapters)
 
 
 def open_adapter(adapter: Adapter | Path | str) -> Adapter:

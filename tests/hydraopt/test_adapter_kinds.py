@@ -6,7 +6,15 @@ import json
 
 import pytest
 import torch
-from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from safetensors.torch import load_file, save_file
 from transformers import (
     BertConfig,
@@ -18,7 +26,8 @@ from transformers import (
 )
 
 import hydraopt
-from hydraopt.errors import AdapterFormatError, BundleError
+from hydraopt.adapters.vera import projections
+from hydraopt.errors import AdapterFormatError, AdapterMismatchError, BundleError, HydraoptError
 
 TOKENS = torch.arange(14).reshape(2, 7) % 11
 
@@ -61,10 +70,10 @@ def logits(model):
     inputs = {"input_ids": TOKENS}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = TOKENS[:, :4]
-    return model(**inputs).logits
+    return model(**inputs).logits[..., -7:, :]  # a prompt's own positions come first
 
 
-def trained(base, config, folder, seed=0, change=None):
+def trained(base, config, folder, seed=0, *, change=None, name="tiny/base"):
     """A PEFT adapter with random numbers wherever PEFT would train some, saved by PEFT; returns its logits."""
     model = get_peft_model(base(), config).eval()
     generator = torch.Generator().manual_seed(seed)
@@ -75,7 +84,7 @@ def trained(base, config, folder, seed=0, change=None):
     if change is not None:
         change(model)
     expected = logits(model)
-    model.peft_config["default"].base_model_name_or_path = "tiny/base"
+    model.peft_config["default"].base_model_name_or_path = name
     model.save_pretrained(folder)
     return expected
 
@@ -134,6 +143,32 @@ CASES = {
     "adalora seq2seq": (t5, AdaLoraConfig(task_type=SEQ2SEQ, target_modules=["q", "wo"], **ADA), prune),
     "adalora cls": (bert, AdaLoraConfig(task_type=SEQ_CLS, target_modules=["query"], **ADA), None),
     "lora seq2seq": (t5, LoraConfig(task_type=SEQ2SEQ, r=3, target_modules=["q", "v"]), None),
+    "vera": (llama, VeraConfig(task_type=CAUSAL, r=6, target_modules=["q_proj", "down_proj"]), None),
+    "vera by key": (
+        llama,
+        VeraConfig(
+            task_type=CAUSAL,
+            r=6,
+            target_modules=["q_proj", "v_proj"],
+            save_projection=False,
+            projection_prng_key=5,
+        ),
+        None,
+    ),
+    "vera cls": (bert, VeraConfig(task_type=SEQ_CLS, r=4, target_modules=["query", "output.dense"]), None),
+    "vera seq2seq": (t5, VeraConfig(task_type=SEQ2SEQ, r=4, target_modules=["q", "wi"]), None),
+    "prompt": (llama, PromptTuningConfig(task_type=CAUSAL, num_virtual_tokens=5), None),
+    "prompt cls": (bert, PromptTuningConfig(task_type=SEQ_CLS, num_virtual_tokens=3), None),
+    "prompt seq2seq": (t5, PromptTuningConfig(task_type=SEQ2SEQ, num_virtual_tokens=3), None),
+    "prefix": (llama, PrefixTuningConfig(task_type=CAUSAL, num_virtual_tokens=4), None),
+    "prefix seq2seq": (t5, PrefixTuningConfig(task_type=SEQ2SEQ, num_virtual_tokens=4), None),
+    "prefix projected": (
+        llama,
+        PrefixTuningConfig(
+            task_type=CAUSAL, num_virtual_tokens=4, prefix_projection=True, encoder_hidden_size=8
+        ),
+        None,
+    ),
     "modules to save": (
         llama,
         LoraConfig(task_type=CAUSAL, r=3, target_modules=["q_proj"], modules_to_save=["lm_head", "norm"]),
@@ -166,7 +201,7 @@ def test_kinds_of_one_model_live_in_one_bundle(tmp_path):
     names = ["dora", "embedding", "adalora", "adalora pruned", "modules to save", "embedding dora"]
     expected = {
         name.replace(" ", "-"): trained(
-            llama, CASES[name][1], tmp_path / name.replace(" ", "-"), seed, CASES[name][2]
+            llama, CASES[name][1], tmp_path / name.replace(" ", "-"), seed, change=CASES[name][2]
         )
         for seed, name in enumerate(names)
     }
@@ -179,6 +214,154 @@ def test_kinds_of_one_model_live_in_one_bundle(tmp_path):
         torch.testing.assert_close(logits(model), wanted, rtol=0, atol=1e-4)
         reloaded = PeftModel.from_pretrained(llama(), folders[task]).eval()
         torch.testing.assert_close(logits(reloaded), wanted, rtol=0, atol=1e-4)
+
+
+def vera(**changes):
+    return VeraConfig(**({"task_type": CAUSAL, "r": 6, "target_modules": ["q_proj", "down_proj"]} | changes))
+
+
+VERA_TASKS = {
+    "wide": vera(),
+    "narrow": vera(target_modules=["q_proj", "v_proj"]),  # other projections: its widest layer is narrower
+    "same": vera(target_modules=["v_proj", "down_proj", "q_proj"]),
+    "all": vera(target_modules=["gate_proj", "q_proj", "o_proj"], modules_to_save=["lm_head"]),
+}
+
+
+def test_vera_tasks_of_other_targets_live_in_one_model(tmp_path):
+    expected = {
+        task: trained(llama, config, tmp_path / task, seed)
+        for seed, (task, config) in enumerate(VERA_TASKS.items())
+    }
+    bundle = hydraopt.merge({task: tmp_path / task for task in expected}, budget=1.0, dtype="float32")
+    bundle = hydraopt.Bundle.load(bundle.save(tmp_path / "bundle"))
+    model = bundle.attach(llama())
+    folders = bundle.export(tmp_path / "out")
+    for task, wanted in expected.items():
+        model.set_adapter(task)
+        torch.testing.assert_close(logits(model), wanted, rtol=0, atol=1e-4)
+        reloaded = PeftModel.from_pretrained(llama(), folders[task]).eval()
+        torch.testing.assert_close(logits(reloaded), wanted, rtol=0, atol=1e-4)
+    projections = model.base_model.vera_A
+    assert projections["wide"].data_ptr() == projections["same"].data_ptr()  # equal ones are in memory once
+    assert projections["wide"].shape != projections["narrow"].shape
+
+
+@pytest.mark.parametrize(
+    ("key", "rank", "d_out", "d_in"), [(0, 4, 16, 24), (7, 33, 130, 57), (2**40, 1, 3, 5)]
+)
+def test_projections_are_drawn_number_for_number_as_peft_draws_them(key, rank, d_out, d_in):
+    base = torch.nn.Sequential(torch.nn.Linear(d_in, d_out))
+    config = VeraConfig(r=rank, projection_prng_key=key, target_modules=["0"])
+    model = get_peft_model(base, config).base_model
+    a, b = projections(key, rank, d_out, d_in)
+    assert torch.equal(a, model.vera_A["default"])
+    assert torch.equal(b, model.vera_B["default"])
+
+
+def test_vera_is_exactly_lora_in_portable_folders(tmp_path):
+    """The reference is PEFT's get_delta_weight; the ranks stay VeRA's, padded to the next the servers know."""
+    llama().config.save_pretrained(tmp_path / "base")
+    wanted = trained(llama, vera(r=8), tmp_path / "task", name=str(tmp_path / "base"))
+    original = PeftModel.from_pretrained(llama(), tmp_path / "task")
+    bundle = hydraopt.merge({"task": tmp_path / "task"}, budget=1.0, dtype="float32")
+    folder = bundle.export(tmp_path / "out", profile="portable")["task"]
+    lora = hydraopt.read_adapter(folder)
+    assert (lora.kind, {module.rank for module in lora.modules.values()}) == ("LORA", {8})
+    for name, module in original.named_modules():
+        if hasattr(module, "vera_lambda_b"):
+            up, down = lora.factors(name.removeprefix("base_model.model."))
+            torch.testing.assert_close(
+                up @ down, module.get_delta_weight("default").detach(), rtol=1e-5, atol=1e-6
+            )
+    reloaded = PeftModel.from_pretrained(llama(), folder).eval()
+    torch.testing.assert_close(logits(reloaded), wanted, rtol=0, atol=1e-4)
+
+
+def test_portable_vera_needs_the_base_model_it_was_trained_on(tmp_path):
+    trained(llama, vera(), tmp_path / "task", name=str(tmp_path / "base"))
+    bundle = hydraopt.merge({"task": tmp_path / "task"}, budget=1.0, dtype="float32")
+    with pytest.raises(HydraoptError, match=r"base model .* cannot be loaded"):
+        bundle.export(tmp_path / "out", profile="portable")
+    other = LlamaConfig(
+        hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, vocab_size=11
+    )
+    other.save_pretrained(tmp_path / "base")
+    with pytest.raises(BundleError, match=r"'task' updates .*16 outputs.*\(32, 24\)"):
+        bundle.export(tmp_path / "out", profile="portable")
+    with pytest.raises(BundleError, match="16 outputs"):
+        bundle.attach(LlamaForCausalLM(other))
+    wider = LlamaConfig(
+        hidden_size=16, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, vocab_size=11
+    )
+    wider.save_pretrained(tmp_path / "base")
+    for use in (
+        lambda: bundle.export(tmp_path / "out", profile="portable"),
+        lambda: bundle.attach(LlamaForCausalLM(wider)),
+    ):
+        with pytest.raises(BundleError, match="projections 24 wide"):
+            use()
+
+
+@pytest.mark.parametrize(("setting", "value"), [("projection_prng_key", 3), ("r", 5)])
+def test_vera_tasks_of_other_projections_are_not_merged(setting, value, tmp_path):
+    trained(llama, vera(), tmp_path / "a")
+    trained(llama, vera(**{setting: value}), tmp_path / "b")
+    with pytest.raises(
+        AdapterMismatchError, match=rf"'b'.*{setting}={value}.*'a'" if setting != "r" else "lambda_d"
+    ):
+        hydraopt.merge({"a": tmp_path / "a", "b": tmp_path / "b"}, budget=1.0)
+
+
+def test_prompts_of_any_length_live_in_one_model(tmp_path):
+    lengths = {"long": 9, "short": 2, "same": 9}
+    expected = {
+        task: trained(
+            llama, PromptTuningConfig(task_type=CAUSAL, num_virtual_tokens=length), tmp_path / task, seed
+        )
+        for seed, (task, length) in enumerate(lengths.items())
+    }
+    bundle = hydraopt.merge({task: tmp_path / task for task in expected}, budget=1.0, dtype="float32")
+    assert [module.shape for module in bundle.manifest.modules] == [(2, 16), (9, 16)]
+    model = bundle.attach(llama())
+    for task, wanted in expected.items():
+        model.set_adapter(task)
+        torch.testing.assert_close(logits(model), wanted, rtol=0, atol=1e-4)
+
+
+def test_prompts_of_classifiers_keep_their_own_labels(tmp_path):
+    labels = {"three": 3, "five": 5}
+    expected = {
+        task: trained(
+            lambda count=count: bert(count),
+            PromptTuningConfig(task_type=SEQ_CLS, num_virtual_tokens=4),
+            tmp_path / task,
+            count,
+        )
+        for task, count in labels.items()
+    }
+    bundle = hydraopt.merge({task: tmp_path / task for task in labels}, budget=1.0, dtype="float32")
+    model = bundle.attach(bert(2))
+    for task, wanted in expected.items():
+        model.set_adapter(task)
+        torch.testing.assert_close(logits(model), wanted, rtol=0, atol=1e-4)
+
+
+def test_kinds_of_other_spaces_share_a_bundle_but_not_a_model(tmp_path):
+    names = {"lora": "dora", "vectors": "vera", "tokens": "prompt", "prefix": "prefix"}
+    expected = {
+        task: trained(llama, CASES[case][1], tmp_path / task, seed)
+        for seed, (task, case) in enumerate(names.items())
+    }
+    bundle = hydraopt.merge({task: tmp_path / task for task in names}, budget=1.0, dtype="float32")
+    assert {task: entry.kind for task, entry in bundle.manifest.tasks.items()} == {
+        "lora": "LORA", "vectors": "VERA", "tokens": "PROMPT_TUNING", "prefix": "PREFIX_TUNING",
+    }  # fmt: skip
+    for task, folder in bundle.export(tmp_path / "out").items():
+        reloaded = PeftModel.from_pretrained(llama(), folder).eval()
+        torch.testing.assert_close(logits(reloaded), expected[task], rtol=0, atol=1e-4)
+    with pytest.raises(BundleError, match=r"LORA \(task 'lora'\).*VERA \(task 'vectors'\).*export"):
+        bundle.attach(llama())
 
 
 def test_a_layer_replaced_by_one_task_and_updated_by_another_is_not_attached(tmp_path):
@@ -269,6 +452,15 @@ def edit(folder, **changes):
         ("dora", {"use_dora": False}, "use_dora is not set"),
         ("dora", {"kasa_config": {"beta": 1}}, "KaSA"),
         ("embedding", {"trainable_token_indices": [1]}, "token rows"),
+        ("vera", {"r": 7}, "r=7"),
+        ("vera", {"projection_prng_key": 1}, "projection_prng_key=1.*save_as_lora"),
+        ("vera", {"bias": "vera_only"}, "bias"),
+        ("vera", {"target_modules": ["q_proj"]}, "down_proj.*target_modules"),
+        ("vera by key", {"save_projection": True}, "save_projection is set"),
+        ("prompt", {"num_virtual_tokens": 6}, r"\[5, 16\].*\[6, 16\]"),
+        ("prompt", {"num_layers": None}, "num_layers"),
+        ("prefix", {"num_layers": 3}, r"\[4, 32\].*\[4, 48\]"),
+        ("prefix", {"some_new_switch": 1}, "some_new_switch"),
     ],
 )
 def test_what_contradicts_the_kind_is_refused(case, changes, word, tmp_path):

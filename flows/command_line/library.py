@@ -13,6 +13,7 @@ import click
 from rich.table import Table
 
 from flows.command_line.output import Output, command
+from hydraopt.bundle.profiles import PROFILES
 from hydraopt.errors import AdapterMismatchError, TaskFileError
 
 if TYPE_CHECKING:
@@ -148,9 +149,9 @@ def verify(output: Output, bundle: Path) -> dict[str, Any]:
     "--out", type=click.Path(path_type=Path), required=True, help="Folder for one PEFT folder per task."
 )
 @click.option("--task", help="Only this task.")
-@click.option("--profile", type=click.Choice(["peft", "portable"]), default="peft", show_default=True)
+@click.option("--profile", type=click.Choice(PROFILES), default="peft", show_default=True)
 def export(output: Output, bundle: Path, out: Path, task: str | None, profile: str) -> dict[str, Any]:
-    """Write a bundle's tasks as ordinary PEFT folders.
+    """Write a bundle's tasks as ordinary PEFT folders: as the kinds they were (peft), or as the LoRA a server reads.
 
     Example: hydraopt export bundle --out exported --profile portable
     """
@@ -229,7 +230,8 @@ def _inspect_adapter(output: Output, adapter: Adapter) -> dict[str, Any]:
     ranks = sorted({module.rank for module in adapter.modules.values()})
     result = {
         "what": "adapter",
-        "kind": adapter.config["peft_type"],
+        "kind": adapter.kind,
+        "settings": adapter.settings,
         "base_model": adapter.base_model,
         "revision": adapter.revision,
         "task_type": adapter.task_type,
@@ -239,14 +241,20 @@ def _inspect_adapter(output: Output, adapter: Adapter) -> dict[str, Any]:
         "bytes": adapter.file.path.stat().st_size,
         "reference_bytes": adapter.reference_bytes,
         "modules": {
-            name: {"shape": [module.d_out, module.d_in], "rank": module.rank, "scaling": module.scaling}
+            name: {
+                "shape": [module.d_out, module.d_in],
+                "layer": module.layer,
+                "rank": module.rank,
+                "scaling": module.scaling,
+            }
             for name, module in sorted(adapter.modules.items())
         },
     }
     output.show(_facts(result, skip={"modules", "what"}))
-    table = Table("module", "d_out x d_in", "rank", "scaling")
+    table = Table("module", "layer", "d_out x d_in", "rank", "scaling")
     for name, module in sorted(adapter.modules.items()):
-        table.add_row(name, f"{module.d_out} x {module.d_in}", str(module.rank), f"{module.scaling:g}")
+        size = f"{module.d_out} x {module.d_in}"
+        table.add_row(name, module.layer, size, str(module.rank), f"{module.scaling:g}")
     output.show(table)
     return result
 
@@ -267,6 +275,8 @@ def _inspect_bundle(output: Output, bundle: Bundle) -> dict[str, Any]:
         "tasks": {
             task: {
                 "adapter": entry.adapter,
+                "kind": entry.kind,
+                "settings": entry.settings,
                 "bytes": entry.file.bytes,
                 "relative_error": entry.relative_error,
                 "extras": sorted(bundle.extras(task)),
@@ -277,9 +287,9 @@ def _inspect_bundle(output: Output, bundle: Bundle) -> dict[str, Any]:
         "similarity": {"tasks": list(found.tasks), "a": found.a.tolist(), "b": found.b.tolist()},
     }
     output.show(_facts(result, skip={"modules", "what", "tasks", "similarity"}))
-    table = Table("task", "bytes", "relative error")
+    table = Table("task", "kind", "bytes", "relative error")
     for task, entry in sorted(manifest.tasks.items()):
-        table.add_row(task, f"{entry.file.bytes:,}", f"{entry.relative_error:.4f}")
+        table.add_row(task, entry.kind, f"{entry.file.bytes:,}", f"{entry.relative_error:.4f}")
     output.show(table)
     for side, matrix in (("A", found.a), ("B", found.b)):
         overlaps = Table(f"overlap of {side}", *found.tasks)

@@ -83,11 +83,11 @@ def _attach_for(bundle: Bundle) -> Callable[[Bundle, nn.Module], PeftModel]:
 
 def _attach_lora(bundle: Bundle, base_model: nn.Module) -> PeftModel:
     _check_modules(bundle, base_model)
-    chains_of = {task: lora_chains(bundle, task) for task in bundle.task_names}
-    _check_replaced(bundle, chains_of)
+    _check_replaced(bundle)
     shared_rows = _shared_rows(bundle, base_model)
     model: Any = None
-    for task, chains in chains_of.items():
+    for task in bundle.task_names:
+        chains = lora_chains(bundle, task)
         config = LoraConfig(**lora_settings(bundle, task, chains))
         if model is None:
             model = get_peft_model(base_model, config, adapter_name=task, low_cpu_mem_usage=True)
@@ -115,12 +115,15 @@ def _check_modules(bundle: Bundle, base_model: nn.Module) -> None:
             )
 
 
-def _check_replaced(bundle: Bundle, chains_of: dict[str, dict[str, Chain]]) -> None:
+def _check_replaced(bundle: Bundle) -> None:
     """One model cannot hold a layer that one task replaces whole and another updates."""
     for other in bundle.task_names:
         for name in bundle.manifest.tasks[other].saved_modules:
-            for task, chains in chains_of.items():
-                if any(is_saved(f"{PREFIX}{module}.weight", name) for module in chains):
+            hit = [
+                module.name for module in bundle.manifest.modules if is_saved(f"{module.name}.weight", name)
+            ]
+            for task in bundle.task_names if hit else ():
+                if set(hit) & set(bundle.factors(task)):
                     raise BundleError(
                         f"task {other!r} replaces {name!r} whole and task {task!r} updates it; one model cannot hold "
                         "both. Export the tasks and load them one at a time"
@@ -143,10 +146,11 @@ def _parameter(part: Tensor, like: Any) -> nn.Parameter:
 def _place(layer: Any, task: str, chain: Chain, shared: nn.Parameter | None) -> None:
     """Put a chain where PEFT keeps its factors; ``shared`` is its last matrix, if all tasks use it."""
     like = layer.get_base_layer().weight
+    if shared is not None and shared.shape != chain[-1].shape:
+        shared = None  # the task keeps nothing of A' here: its chain is one zero direction
     if isinstance(layer.get_base_layer(), nn.Embedding):
         up, down = pair(chain)
-        keeps_shared = shared is not None and down.shape[0] == chain[-1].shape[0] and len(chain) == 2
-        layer.lora_embedding_A[task] = shared if keeps_shared else _parameter(down, like)
+        layer.lora_embedding_A[task] = _parameter(down, like) if shared is None or len(chain) == 3 else shared
         layer.lora_embedding_B[task] = _parameter(up, like)
         return
     layer.lora_A[task] = _linear(_parameter(chain[-1], like) if shared is None else shared)

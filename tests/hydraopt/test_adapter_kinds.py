@@ -415,6 +415,44 @@ def test_a_dora_keeps_its_magnitudes_where_the_direction_is_cut(tmp_path):
     )
 
 
+def test_a_dora_without_a_direction_is_attached_beside_those_that_share_theirs(tmp_path):
+    """Its magnitudes act on; A' of the others is not its to use."""
+
+    def shared_init(model):
+        for name, parameter in sorted(model.named_parameters()):
+            if "lora_A" in name:
+                parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(7))
+
+    def no_direction(model):
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data.zero_()
+
+    def wide():
+        torch.manual_seed(0)
+        return LlamaForCausalLM(
+            LlamaConfig(
+                hidden_size=16,
+                intermediate_size=96,
+                num_hidden_layers=1,
+                num_attention_heads=4,
+                vocab_size=11,
+            )
+        ).eval()
+
+    config = {"task_type": CAUSAL, "use_dora": True, "r": 4, "target_modules": ["down_proj"]}
+    changes = {"none": no_direction, **{f"t{seed}": shared_init for seed in range(5)}}
+    expected = {
+        task: trained(wide, LoraConfig(**config), tmp_path / task, seed, change=change)
+        for seed, (task, change) in enumerate(changes.items())
+    }
+    bundle = hydraopt.merge({task: tmp_path / task for task in changes}, max_error=1e-3, dtype="float32")
+    assert bundle.shared_rows()
+    model = bundle.attach(wide())
+    model.set_adapter("none")
+    torch.testing.assert_close(logits(model), expected["none"], rtol=0, atol=1e-4)
+
+
 def test_attached_layers_take_the_dtype_of_the_base(tmp_path):
     """A classifier saved in float32 must not break a bfloat16 base."""
     trained(bert, CASES["adalora cls"][1], tmp_path / "task")

@@ -220,13 +220,12 @@ def test_a_rank_beyond_the_kernel_is_refused(workshop, tmp_path):
 
 
 def test_ranks_stay_small_where_a_consumer_takes_one_per_module(workshop, tmp_path):
-    folders = {"a": workshop.adapter("a", rank=9, rank_pattern={"q_proj": 9}, shapes=SHAPES)}
-    bundle = hydraopt.merge(folders, budget=0.5)
+    bundle = hydraopt.merge({"a": workshop.adapter("a", rank=9, shapes=SHAPES)}, budget=1.0)
     small, padded = (
         bundle.export(tmp_path / profile, profile=profile)["a"] / "adapter_model.safetensors"
         for profile in ("llama-cpp", "portable")
     )
-    assert small.stat().st_size < 0.7 * padded.stat().st_size
+    assert small.stat().st_size < 0.7 * padded.stat().st_size  # 9 of 16 rows, and the header
 
 
 def test_neighbours_nobody_updates_come_from_the_base_models_sizes(workshop, tmp_path):

@@ -1,0 +1,91 @@
+"""The library's commands on adapters of several kinds, as a user types them."""
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+
+from flows.command_line import main
+
+
+@pytest.fixture
+def adapters(tmp_path):
+    """A VeRA and a prompt, saved as PEFT saves them."""
+    generator = torch.Generator().manual_seed(0)
+    common = {"task_type": "CAUSAL_LM", "base_model_name_or_path": "tiny/base"}
+    vera = {
+        "peft_type": "VERA",
+        "r": 4,
+        "projection_prng_key": 3,
+        "save_projection": False,
+        "target_modules": ["q"],
+    }
+    sizes = {"num_transformer_submodules": 1, "num_attention_heads": 2, "num_layers": 2}
+    prompt = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 5, "token_dim": 8, **sizes}
+    vectors = {
+        "base_model.model.layers.0.q.vera_lambda_b": 16,
+        "base_model.model.layers.0.q.vera_lambda_d": 4,
+    }
+    tensors = {
+        "vectors": {name: torch.randn(length, generator=generator) for name, length in vectors.items()},
+        "tokens": {"prompt_embeddings": torch.randn(5, 8, generator=generator)},
+    }
+    for name, config in (("vectors", vera), ("tokens", prompt)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps(common | config))
+        save_file(tensors[name], tmp_path / name / "adapter_model.safetensors")
+    return {name: tmp_path / name for name in tensors}
+
+
+def run(*args):
+    result = CliRunner().invoke(main, [*map(str, args), "--json"])
+    return result.exit_code, json.loads(result.stdout)
+
+
+def test_inspect_shows_the_kind_and_what_the_updates_are_added_to(adapters, tmp_path):
+    code, found = run("inspect", adapters["vectors"])
+    assert (code, found["kind"], found["settings"]["projection_prng_key"]) == (0, "VERA", 3)
+    assert found["modules"]["layers.0.q.vera_lambda_b"]["layer"] == "vector"
+    code, found = run("inspect", adapters["tokens"])
+    assert (code, found["kind"], found["settings"]["num_virtual_tokens"]) == (0, "PROMPT_TUNING", 5)
+    assert found["modules"]["prompt_embeddings.5x8"] == {
+        "shape": [5, 8],
+        "layer": "prompt",
+        "rank": 5,
+        "scaling": 1.0,
+    }
+
+    assert (
+        run("merge", *adapters.values(), "--budget", 1, "--dtype", "float32", "--out", tmp_path / "bundle")[0]
+        == 0
+    )
+    code, found = run("inspect", tmp_path / "bundle")
+    assert code == 0
+    assert {task: entry["kind"] for task, entry in found["tasks"].items()} == {
+        "vectors": "VERA",
+        "tokens": "PROMPT_TUNING",
+    }
+
+
+def test_export_writes_kinds_back_and_names_what_a_server_cannot_read(adapters, tmp_path):
+    assert (
+        run("merge", *adapters.values(), "--budget", 1, "--dtype", "float32", "--out", tmp_path / "bundle")[0]
+        == 0
+    )
+    code, found = run("export", tmp_path / "bundle", "--out", tmp_path / "out")
+    assert code == 0
+    for task, folder in found["folders"].items():
+        written, original = (
+            load_file(f"{place}/adapter_model.safetensors") for place in (folder, adapters[task])
+        )
+        assert written.keys() == original.keys()
+        for name, tensor in original.items():
+            torch.testing.assert_close(written[name], tensor, rtol=1e-5, atol=1e-6)
+    code, found = run(
+        "export", tmp_path / "bundle", "--out", tmp_path / "vllm", "--task", "tokens", "--profile", "vllm"
+    )
+    assert code == 2
+    assert "PROMPT_TUNING" in found["error"]
+    assert run("export", tmp_path / "bundle", "--out", tmp_path / "x", "--profile", "gguf")[0] == 2

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -18,6 +18,7 @@ import torch
 import transformers
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
@@ -139,20 +140,22 @@ def linear_shape(module: torch.nn.Module) -> tuple[int, int] | None:
     return (module.nf, module.nx) if isinstance(module, Conv1D) else None
 
 
-def linear_shapes(name: str, revision: str | None, task_types: Sequence[str]) -> dict[str, tuple[int, int]]:
+def linear_shapes(name: str, revision: str | None, task_type: str | None) -> dict[str, tuple[int, int]]:
     """Sizes (d_out, d_in) of a base model's linear layers, from its configuration; no weight is read.
 
     Args:
         name: A local folder or a hub id.
         revision: As for :func:`load_base`.
-        task_types: The kinds of model whose layer names to give; layers of all of them are.
+        task_type: The kind of model, on which the layers' names depend; None for the bare model.
 
     Raises:
-        TaskFileError: If the configuration cannot be found; the message names the ways out.
+        TaskFileError: If the configuration cannot be found or the kind is unknown; the message names the ways out.
     """
+    classes: dict[str | None, Any] = {**_MODEL_CLASSES, None: AutoModel}
+    if task_type not in classes:
+        raise TaskFileError(f"base model {name!r}: models for {task_type!r} are not supported")
     source = name if revision is not None and name in PACKAGED_MODELS else base_model_path(name)
     local = _is_folder(source)
-    shapes = {}
     try:
         if not local:
             _find_on_hub(source, revision)
@@ -160,14 +163,11 @@ def linear_shapes(name: str, revision: str | None, task_types: Sequence[str]) ->
             config = AutoConfig.from_pretrained(
                 source, trust_remote_code=False, revision=None if local else revision, local_files_only=local
             )
-            for task_type in task_types:
-                model = _MODEL_CLASSES[task_type].from_config(config, trust_remote_code=False)
-                for path, module in model.named_modules():
-                    if (shape := linear_shape(module)) is not None:
-                        shapes[path] = shape
+            model = classes[task_type].from_config(config, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError, huggingface_hub.errors.HfHubHTTPError) as reason:
         raise TaskFileError(_not_loaded(name, revision, reason)) from reason
-    return shapes
+    sizes = {path: linear_shape(module) for path, module in model.named_modules()}
+    return {path: size for path, size in sizes.items() if size is not None}
 
 
 def generation_task_type(name: str, revision: str | None) -> TaskType:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hydraopt.adapters.kinds import PROMPT_KINDS
+from hydraopt.adapters.whole_tensors import copied_module
 from hydraopt.bundle.chains import chain_rank, pair
 from hydraopt.bundle.contents import Bundle
 from hydraopt.bundle.lora_folder import (
@@ -33,7 +34,7 @@ def server_folder(bundle: Bundle, task: str, profile: Profile) -> Folder:
     """
     _check_readable(bundle, task, profile)
     is_vera = bundle.manifest.tasks[task].kind == "VERA"
-    shapes = _base_shapes(bundle) if is_vera else {}
+    shapes = _base_shapes(bundle, task) if is_vera else {}
     chains = vera_as_lora(bundle, task, shapes) if is_vera else lora_chains(bundle, task)
     layer_of = layers(bundle)
     tables = [name for name in chains if layer_of.get(name) == "embedding"]
@@ -44,7 +45,7 @@ def server_folder(bundle: Bundle, task: str, profile: Profile) -> Folder:
         )
     pairs = {name: pair(chain) for name, chain in chains.items()}
     if profile.every_layer:
-        _complete(bundle, pairs, profile, shapes)
+        _complete(bundle, task, pairs, profile, shapes)
     settings = lora_settings(bundle, task, chains) | {"use_dora": False, "fan_in_fan_out": False}
     if profile.ranks is None:
         settings |= _own_ranks(pairs)
@@ -69,31 +70,32 @@ def _check_readable(bundle: Bundle, task: str, profile: Profile) -> None:
     elif entry.settings.get("use_dora"):
         reason = "is a DoRA, whose magnitudes servers refuse"
     elif bundle.extras(task):
-        whole = ", ".join(entry.saved_modules) or "a base layer"
-        reason = f"replaces {whole} whole, and servers refuse modules_to_save"
+        copies = {copied_module(name) for name in bundle.extras(task)} - {None}
+        reason = f"replaces {', '.join(entry.saved_modules)} whole, and servers refuse modules_to_save"
+        if not entry.saved_modules:
+            reason = f"carries a copy of the base model's {', '.join(sorted(map(str, copies)))}, and servers refuse it"
     if reason is not None:
         raise BundleError(
             f"task {task!r} {reason}; the profile {profile.name!r} cannot hold it, use the profile 'peft'"
         )
 
 
-def _base_shapes(bundle: Bundle) -> Shapes:
-    """Sizes of the base model's linear layers, from its configuration; no weight is read."""
+def _base_shapes(bundle: Bundle, task: str) -> Shapes:
+    """Sizes of the linear layers of the task's base model, from its configuration; no weight is read."""
     from hydraopt.base_models import linear_shapes  # noqa: PLC0415 - transformers takes seconds to import
 
     base = bundle.manifest.base_model
-    task_types = {entry.task_type for entry in bundle.manifest.tasks.values()}
-    return linear_shapes(base.name, base.revision, sorted(kind for kind in task_types if kind))
+    return linear_shapes(base.name, base.revision, bundle.manifest.tasks[task].task_type)
 
 
 def _complete(
-    bundle: Bundle, pairs: dict[str, tuple[Tensor, Tensor]], profile: Profile, shapes: Shapes
+    bundle: Bundle, task: str, pairs: dict[str, tuple[Tensor, Tensor]], profile: Profile, shapes: Shapes
 ) -> None:
     """Add zero updates: every linear module of the bundle, and what the profile wants beside the task's targets."""
     wanted = {module.name: module.shape for module in bundle.manifest.modules if module.layer == "linear"}
     needed = _missing_together([*wanted, *pairs], profile)
     if needed:
-        shapes = shapes or _base_shapes(bundle)
+        shapes = shapes or _base_shapes(bundle, task)
         for name in needed:
             if name not in shapes:
                 raise BundleError(

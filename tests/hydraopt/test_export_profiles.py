@@ -11,7 +11,7 @@ import re
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import hydraopt
 from hydraopt.errors import BundleError
@@ -276,6 +276,17 @@ def test_an_embedding_table_goes_where_it_is_read(workshop, profile, tmp_path):
     else:
         with pytest.raises(BundleError, match=rf"'table' updates the embedding table .*{profile}"):
             bundle.export(tmp_path / "out", profile=profile)
+
+
+def test_a_copy_of_the_base_models_table_is_refused_by_name(workshop, tmp_path):
+    """PEFT saves one along whenever a table is targeted."""
+    folder = table(workshop)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors["base_model.model.model.embed_tokens.base_layer.weight"] = torch.randn(11, 16)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    bundle = hydraopt.merge({"table": folder}, budget=1.0)
+    with pytest.raises(BundleError, match=r"'table' carries a copy of the base model's model\.embed_tokens"):
+        bundle.export(tmp_path / "out", profile="vllm")
 
 
 @pytest.mark.parametrize("profile", READERS)

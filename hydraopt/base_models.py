@@ -151,8 +151,8 @@ def linear_shapes(name: str, revision: str | None, task_type: str | None) -> dic
     Raises:
         TaskFileError: If the configuration cannot be found or the kind is unknown; the message names the ways out.
     """
-    classes: dict[str | None, Any] = {**_MODEL_CLASSES, None: AutoModel}
-    if task_type not in classes:
+    model_class = AutoModel if task_type is None else _MODEL_CLASSES.get(task_type)
+    if model_class is None:
         raise TaskFileError(f"base model {name!r}: models for {task_type!r} are not supported")
     source = name if revision is not None and name in PACKAGED_MODELS else base_model_path(name)
     local = _is_folder(source)
@@ -163,7 +163,7 @@ def linear_shapes(name: str, revision: str | None, task_type: str | None) -> dic
             config = AutoConfig.from_pretrained(
                 source, trust_remote_code=False, revision=None if local else revision, local_files_only=local
             )
-            model = classes[task_type].from_config(config, trust_remote_code=False)
+            model = model_class.from_config(config, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError, huggingface_hub.errors.HfHubHTTPError) as reason:
         raise TaskFileError(_not_loaded(name, revision, reason)) from reason
     sizes = {path: linear_shape(module) for path, module in model.named_modules()}

@@ -5,12 +5,14 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from rich.table import Table
+from rich.text import Text
 
 from flows.command_line.output import Output, command
 from hydraopt.bundle.profiles import PROFILES
@@ -22,7 +24,8 @@ if TYPE_CHECKING:
     from hydraopt.bundle import Bundle
 
 _DTYPES = ["bfloat16", "float16", "float32"]
-_METHODS = ["hydraopt", "paper", "separate"]
+_METHODS = ["hydraopt", "paper", "separate", "two-sided"]
+_BITS = ["auto", "16", "8", "6", "4", "3", "2"]
 _DEVICES = ["auto", "cpu", "cuda"]
 
 
@@ -39,11 +42,30 @@ _DEVICES = ["auto", "cpu", "cuda"]
 @click.option("--heads", type=int, help="For paper: number of dense heads; one per task is supported.")
 @click.option("--rank", type=int, help="For paper: rows of A'; for separate: directions per task.")
 @click.option(
-    "--dtype", type=click.Choice(_DTYPES), default="bfloat16", show_default=True, help="Stored numbers."
+    "--bits",
+    type=click.Choice(_BITS),
+    default="auto",
+    show_default=True,
+    help="Bits per stored number; auto trades them against ranks, vector by vector.",
+)
+@click.option(
+    "--weights",
+    multiple=True,
+    metavar="TASK=WEIGHT",
+    help="Relative weight of a task's error, 1 unless given; may be repeated.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(_DTYPES),
+    default="bfloat16",
+    show_default=True,
+    help="Floats of 16 or 32 bits.",
 )
 @click.option("--device", type=click.Choice(_DEVICES), default="auto", show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
-def merge(output: Output, adapters: tuple[str, ...], out: Path, **settings: Any) -> dict[str, Any]:
+def merge(
+    output: Output, adapters: tuple[str, ...], out: Path, bits: str, weights: tuple[str, ...], **settings: Any
+) -> dict[str, Any]:
     """Merge task adapters (PEFT folders) of one base model into one small bundle.
 
     A task is named like its folder, or NAME=FOLDER says otherwise.
@@ -54,7 +76,13 @@ def merge(output: Output, adapters: tuple[str, ...], out: Path, **settings: Any)
 
     start = time.perf_counter()
     with output.progress() as progress:
-        bundle = hydraopt.merge(_named(adapters), progress=progress, **settings)
+        bundle = hydraopt.merge(
+            _named(adapters),
+            bits=bits if bits == "auto" else int(bits),
+            weights=_weights(weights),
+            progress=progress,
+            **settings,
+        )
         bundle.save(out)
     seconds = time.perf_counter() - start
     entries = bundle.manifest.tasks
@@ -98,10 +126,11 @@ def frontier(
 
     with output.progress() as progress:
         points = trace(_named(adapters), dtype=dtype, device=device, progress=progress)
-    table = Table("method", "budget", "storage", "relative error")
+    table = Table("method", "bits", "budget", "storage", "relative error")
     for point in points:
         table.add_row(
             point.method,
+            str(point.bits),
             f"{point.budget:g}",
             f"{100 * point.storage_ratio:.1f} %",
             f"{point.relative_error:.4f}",
@@ -115,17 +144,27 @@ def frontier(
 
 
 @command("inspect")
-@click.argument("path", type=click.Path(path_type=Path))
-def inspect(output: Output, path: Path) -> dict[str, Any]:
+@click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+@click.option(
+    "--plot", type=click.Path(path_type=Path), help="Draw the similarity of tasks: a .png or .html file."
+)
+def inspect(output: Output, paths: tuple[str, ...], plot: Path | None) -> dict[str, Any]:
     """What an adapter or a bundle holds: base, kind, ranks, bytes, similarity between tasks.
 
-    Example: hydraopt inspect bundle
+    With several adapters: how much they have in common, and whether sharing will pay.
+
+    Example: hydraopt inspect bundle --plot similarity.html
     """
     import hydraopt
     from hydraopt.bundle.layout import MANIFEST_FILE
 
+    if len(paths) > 1:
+        return _inspect_set(output, _named(paths), plot)
+    path = Path(paths[0])
     if (path / MANIFEST_FILE).is_file():
-        return _inspect_bundle(output, hydraopt.Bundle.load(path))
+        return _inspect_bundle(output, hydraopt.Bundle.load(path), plot)
+    if plot is not None:
+        raise AdapterMismatchError(f"{path}: one adapter has nothing to be compared with; give several")
     return _inspect_adapter(output, hydraopt.read_adapter(path))
 
 
@@ -220,6 +259,20 @@ def _named(arguments: Iterable[str]) -> dict[str, Path]:
     return adapters
 
 
+def _weights(arguments: Iterable[str]) -> dict[str, float]:
+    """Relative weights by task name."""
+    weights: dict[str, float] = {}
+    for argument in arguments:
+        task, equals, number = argument.partition("=")
+        try:
+            weights[task] = float(number)
+        except ValueError:
+            equals = ""
+        if not equals:
+            raise AdapterMismatchError(f"--weights {argument!r}: write TASK=WEIGHT, such as mood=2.5")
+    return weights
+
+
 def _peak_rss_bytes() -> int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
@@ -259,9 +312,29 @@ def _inspect_adapter(output: Output, adapter: Adapter) -> dict[str, Any]:
     return result
 
 
-def _inspect_bundle(output: Output, bundle: Bundle) -> dict[str, Any]:
+def _inspect_set(output: Output, folders: dict[str, Path], plot: Path | None) -> dict[str, Any]:
+    from hydraopt.report.sharing import sharing_advice
+
+    with output.progress() as progress:
+        advice = sharing_advice(folders, progress=progress)
+    _show_similarity(output, advice.similarity, plot)
+    output.show(advice.words)
+    return {
+        "what": "set",
+        "similarity": _similarity_json(advice.similarity),
+        "shared_error": advice.shared_error,
+        "separate_error": advice.separate_error,
+        "budget": advice.budget,
+        "pays": advice.pays,
+        "words": advice.words,
+        "plot": plot,
+    }
+
+
+def _inspect_bundle(output: Output, bundle: Bundle, plot: Path | None) -> dict[str, Any]:
     manifest = bundle.manifest
     found = _bundle_similarity(bundle)
+    families = Counter(module.family for module in manifest.modules)
     result = {
         "what": "bundle",
         "bundle_id": bundle.id,
@@ -272,11 +345,10 @@ def _inspect_bundle(output: Output, bundle: Bundle) -> dict[str, Any]:
         "relative_error": bundle.relative_error,
         "bytes": manifest.bytes_on_disk,
         "shared_bytes": manifest.shared.bytes,
+        "families": dict(sorted(families.items())),
         "tasks": {
             task: {
                 "adapter": entry.adapter,
-                "kind": entry.kind,
-                "settings": entry.settings,
                 "bytes": entry.file.bytes,
                 "relative_error": entry.relative_error,
                 "extras": sorted(bundle.extras(task)),
@@ -284,24 +356,43 @@ def _inspect_bundle(output: Output, bundle: Bundle) -> dict[str, Any]:
             for task, entry in sorted(manifest.tasks.items())
         },
         "modules": [module.model_dump(mode="json") for module in manifest.modules],
-        "similarity": {"tasks": list(found.tasks), "a": found.a.tolist(), "b": found.b.tolist()},
+        "similarity": _similarity_json(found),
     }
     output.show(_facts(result, skip={"modules", "what", "tasks", "similarity"}))
-    table = Table("task", "kind", "bytes", "relative error")
+    table = Table("task", "bytes", "relative error")
     for task, entry in sorted(manifest.tasks.items()):
-        table.add_row(task, entry.kind, f"{entry.file.bytes:,}", f"{entry.relative_error:.4f}")
+        table.add_row(task, f"{entry.file.bytes:,}", f"{entry.relative_error:.4f}")
     output.show(table)
+    _show_similarity(output, found, plot)
+    return result
+
+
+def _similarity_json(found: Similarity) -> dict[str, Any]:
+    return {"tasks": list(found.tasks), "a": found.a.tolist(), "b": found.b.tolist()}
+
+
+def _show_similarity(output: Output, found: Similarity, plot: Path | None) -> None:
+    """Both overlaps as tables shaded by value, and as a picture if asked for."""
     for side, matrix in (("A", found.a), ("B", found.b)):
         overlaps = Table(f"overlap of {side}", *found.tasks)
         for task, row in zip(found.tasks, matrix.tolist(), strict=True):
-            overlaps.add_row(task, *(f"{value:.2f}" for value in row))
+            overlaps.add_row(task, *(Text(f"{value:.2f}", f"white on {_shade(value)}") for value in row))
         output.show(overlaps)
-    return result
+    if plot is not None:
+        from hydraopt.report.charts import plot_similarity
+
+        output.show(f"drawn: {plot_similarity(found, plot)}")
+
+
+def _shade(value: float) -> str:
+    """A background between the terminal's black and teal."""
+    level = min(max(value, 0.0), 1.0)
+    return f"#{int(11 * level):02x}{int(114 * level):02x}{int(133 * level):02x}"
 
 
 def _bundle_similarity(bundle: Bundle) -> Similarity:
     from hydraopt.adapters.similarity import similarity
-    from hydraopt.bundle.chains import pair
+    from hydraopt.bundle.export import pair
 
     factors = {task: bundle.factors(task) for task in bundle.task_names}
     return similarity(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import html
+import io
 import json
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from hydraopt.adapters.similarity import Similarity
 from hydraopt.errors import HydraoptError
 from hydraopt.merging.frontier import FrontierPoint
 
@@ -19,7 +22,11 @@ class PlotError(HydraoptError, ValueError):
     """A plot cannot be written in the asked form."""
 
 
-_COLOURS = {"hydraopt": "#0b7285", "paper": "#e8590c", "separate": "#868e96"}
+_COLOURS = {"hydraopt": "#0b7285", "paper": "#e8590c", "separate": "#868e96", "two-sided": "#9c36b5"}
+_DASHES = {"auto": ("-", "none"), 16: ("--", "6 4")}
+"""Line styles of PNG and HTML by bits."""
+
+Line = tuple[str, int | str]
 
 
 def plot_frontier(points: Sequence[FrontierPoint], file: Path) -> Path:
@@ -35,23 +42,30 @@ def plot_frontier(points: Sequence[FrontierPoint], file: Path) -> Path:
     raise PlotError(f"{file}: a plot is a .png or a .html file")
 
 
-def _by_method(points: Sequence[FrontierPoint]) -> dict[str, list[FrontierPoint]]:
-    lines: dict[str, list[FrontierPoint]] = defaultdict(list)
+def _lines(points: Sequence[FrontierPoint]) -> dict[Line, list[FrontierPoint]]:
+    lines: dict[Line, list[FrontierPoint]] = defaultdict(list)
     for point in points:
-        lines[point.method].append(point)
-    return {method: sorted(line, key=lambda p: p.storage_ratio) for method, line in lines.items()}
+        lines[point.method, point.bits].append(point)
+    return {key: sorted(line, key=lambda p: p.storage_ratio) for key, line in lines.items()}
+
+
+def _label(line: Line) -> str:
+    method, bits = line
+    return f"{method}, bits {bits}" if bits == "auto" else f"{method}, {bits} bits"
 
 
 def _png(points: Sequence[FrontierPoint], file: Path) -> Path:
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axes = FigureCanvasAgg(figure).figure.add_subplot()
-    for method, line in _by_method(points).items():
+    for key, line in _lines(points).items():
         axes.plot(
             [100 * p.storage_ratio for p in line],
             [p.relative_error for p in line],
             marker="o",
-            color=_COLOURS.get(method),
-            label=method,
+            markersize=4,
+            color=_COLOURS.get(key[0]),
+            linestyle=_DASHES.get(key[1], ("-", ""))[0],
+            label=_label(key),
         )
     axes.set(
         xlabel="storage, % of the adapters' bytes",
@@ -61,12 +75,53 @@ def _png(points: Sequence[FrontierPoint], file: Path) -> Path:
     axes.set_ylim(0, None)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return _write(file, buffer.getvalue())
+
+
+def plot_similarity(found: Similarity, file: Path) -> Path:
+    """Draw how much the tasks overlap on either side as heat maps: ``.png``, or ``.html`` that needs nothing else.
+
+    Raises:
+        PlotError: If the file name ends otherwise.
+    """
+    if file.suffix not in {".png", ".html"}:
+        raise PlotError(f"{file}: a plot is a .png or a .html file")
+    size = max(4.0, 0.35 * len(found.tasks) + 2.5)
+    figure = Figure(figsize=(2 * size, size), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    for place, (side, matrix) in enumerate((("A", found.a), ("B", found.b)), start=1):
+        axes = figure.add_subplot(1, 2, place)
+        image = axes.imshow(matrix.numpy(), vmin=0, vmax=1, cmap="viridis")
+        axes.set_title(f"overlap of {side} (mean between tasks {found.mean(matrix):.2f})")
+        axes.set_xticks(range(len(found.tasks)), found.tasks, rotation=90)
+        axes.set_yticks(range(len(found.tasks)), found.tasks)
+        if len(found.tasks) <= _MOST_NUMBERED:
+            for (row, column), value in np.ndenumerate(matrix.numpy()):
+                colour = "black" if value > 0.6 else "white"
+                axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color=colour)
+    figure.colorbar(image, ax=figure.axes, shrink=0.8)
+    buffer = io.BytesIO()
+    if file.suffix == ".png":
+        figure.savefig(buffer, format="png")
+        return _write(file, buffer.getvalue())
+    figure.savefig(buffer, format="svg")
+    page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>similarity</title>{buffer.getvalue().decode()}'
+    return _write(file, page.encode())
+
+
+def _write(file: Path, data: bytes) -> Path:
+    """Write a picture whole."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.tmp")
-    figure.savefig(temporary, format="png")
+    temporary.write_bytes(data)
     temporary.replace(file)
     return file
 
+
+_MOST_NUMBERED = 15
+"""Tasks up to which the values stand in the cells."""
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 760, 440, 60, 50
 
@@ -81,14 +136,17 @@ def _html(points: Sequence[FrontierPoint], file: Path) -> Path:
         return round(x, 1), round(y, 1)
 
     shapes, legend = [], []
-    for method, line in _by_method(points).items():
-        colour = _COLOURS.get(method, "#333")
+    for key, line in _lines(points).items():
+        name, colour = html.escape(_label(key)), _COLOURS.get(key[0], "#333")
         path = " ".join(f"{x},{y}" for x, y in map(place, line))
-        shapes.append(f'<g data-method="{html.escape(method)}"><polyline points="{path}" stroke="{colour}"/>')
+        dashes = _DASHES.get(key[1], ("", "none"))[1]
+        shapes.append(
+            f'<g data-line="{name}"><polyline points="{path}" stroke="{colour}" stroke-dasharray="{dashes}"/>'
+        )
         for point in line:
             x, y = place(point)
             label = (
-                f"{point.method}: {100 * point.storage_ratio:.2f} % storage, error {point.relative_error:.4f} "
+                f"{_label(key)}: {100 * point.storage_ratio:.2f} % storage, error {point.relative_error:.4f} "
                 f"(budget {point.budget:g})"
             )
             shapes.append(
@@ -96,7 +154,7 @@ def _html(points: Sequence[FrontierPoint], file: Path) -> Path:
             )
         shapes.append("</g>")
         legend.append(
-            f'<label style="color:{colour}"><input type="checkbox" checked value="{method}"> {method}</label>'
+            f'<label style="color:{colour}"><input type="checkbox" checked value="{name}"> {name}</label>'
         )
     for share in range(6):
         x = _LEFT + share / 5 * (_WIDTH - _LEFT - 10)
@@ -110,11 +168,7 @@ def _html(points: Sequence[FrontierPoint], file: Path) -> Path:
     page = _PAGE.format(
         width=_WIDTH, height=_HEIGHT, shapes="".join(shapes), legend=" ".join(legend), data=data
     )
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(file)
-    return file
+    return _write(file, page.encode())
 
 
 _PAGE = """<!doctype html>
@@ -133,7 +187,7 @@ Point at a dot for its values.</p>
 <script type="application/json" id="points">{data}</script>
 <script>
 for (const box of document.querySelectorAll("input")) box.addEventListener("change", () => {{
-  document.querySelector(`g[data-method="${{box.value}}"]`).style.display = box.checked ? "" : "none";
+  document.querySelector(`g[data-line="${{box.value}}"]`).style.display = box.checked ? "" : "none";
 }});
 </script></html>
 """

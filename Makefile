@@ -5,7 +5,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: install demo test lint format bench down clean
+.PHONY: install demo test lint format bench down secrets clean
 
 install: $(READY)
 
@@ -37,6 +37,9 @@ bench: $(READY)  ## merge time, memory and error on model shapes; prints a table
 
 down: $(READY)
 	$(BIN)/hydraopt down
+
+secrets:  ## fresh passwords and keys for docker-compose.yml in .env, mode 600; one that is there is kept
+	@$(PYTHON) -m infra.secret_values .env
 
 clean:
 	rm -rf $(VENV) .hydraopt build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -19,6 +19,9 @@ _PLACES = ("/usr/lib/postgresql", "/usr/pgsql", "/opt/homebrew/opt", "/usr/local
 """Where distributions keep the server's programs, below a folder per version."""
 _OLDEST = 14  # databases.sql reads passwords with psql's \getenv
 _UNPRIVILEGED = ("postgres", "nobody")
+INITDB_OPTIONS = ("--auth=scram-sha-256", "--encoding=UTF8", "--locale=C.UTF-8", "--data-checksums")
+"""How a cluster is made, here and in a container."""
+
 _INIT_TIMEOUT_S = 120.0
 _SQL_TIMEOUT_S = 20.0
 
@@ -109,10 +112,7 @@ def make_cluster(folder: Path, password: str, user: User | None) -> None:
                 f"--pgdata={half}",
                 "--username=postgres",
                 f"--pwfile={secret}",
-                "--auth=scram-sha-256",
-                "--encoding=UTF8",
-                "--locale=C.UTF-8",
-                "--data-checksums",
+                *INITDB_OPTIONS,
             ],
             folder,
             {},

@@ -39,6 +39,7 @@ down: $(READY)
 	$(BIN)/hydraopt down
 
 secrets:  ## fresh passwords and keys for docker-compose.yml in .env, mode 600; one that is there is kept
+	@mkdir -p -m 700 .hydraopt && mkdir -p .hydraopt/bundles .hydraopt/approvers .hydraopt/services
 	@$(PYTHON) -m infra.secret_values .env
 
 clean:

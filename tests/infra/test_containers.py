@@ -223,10 +223,26 @@ def test_images_hold_the_folders_their_volumes_start_from():
     """A named volume takes its owner from the image; without that an ordinary user could not write."""
     made = DOCKERFILES[0].read_text()
     for name in OWN_SERVICES:
-        for mount in COMPOSE["services"][name].get("volumes", []):
+        mounts = [
+            mount for mount in COMPOSE["services"][name].get("volumes", []) if not mount.startswith("./")
+        ]
+        for mount in mounts:
             assert re.search(
                 rf"install --directory --owner=10001 .*{mount.split(':')[1]}( |$)", made, re.MULTILINE
             )
+
+
+def test_every_worker_knows_the_same_bundles_and_approvers():
+    """A recipe that one of them does not see would be another merge."""
+    wanted = [
+        f"./.hydraopt/{name}:{containers.HOME}/{name}:ro" for name in ("bundles", "approvers", "services")
+    ]
+    for worker in ("worker-cpu", "worker-gpu", "worker-gpu-without-card", "cli"):
+        mounts = COMPOSE["services"][worker]["volumes"]
+        assert [mount for mount in mounts if mount.startswith("./")] == wanted
+    (container,) = KUBERNETES[2]["spec"]["template"]["spec"]["containers"]
+    paths = {mount["mountPath"] for mount in container["volumeMounts"]}
+    assert f"{containers.HOME}/bundles" in paths
 
 
 def test_no_secret_reaches_the_image():

@@ -15,7 +15,7 @@ from torch import Tensor
 from hydraopt.adapters.configuration import CONFIG_FILE, check_settings, read_config
 from hydraopt.adapters.kinds import KINDS, find_kind
 from hydraopt.adapters.module import AdapterModule, Source
-from hydraopt.adapters.tensor_file import TensorFile
+from hydraopt.adapters.tensor_file import TensorEntry, TensorFile
 from hydraopt.adapters.whole_tensors import MAGNITUDE, copied_module, is_saved, saved_modules
 from hydraopt.errors import AdapterFormatError
 
@@ -66,13 +66,19 @@ class Adapter:
         names = saved_modules(self.config)
         return tuple(sorted(name for name in names if any(is_saved(tensor, name) for tensor in whole)))
 
+    @property
+    def tensors(self) -> dict[str, TensorEntry]:
+        """The tensors the adapter is made of, sorted by name: not VeRA's projections, which follow from their key."""
+        own = {name for module in self.modules.values() for name in module.tensors} | set(self.extras)
+        return {name: entry for name, entry in self.file.entries.items() if name in own}
+
     @cached_property
     def reference_bytes(self) -> int:
-        """Bytes of the tensors at two bytes a number, plus those of the configuration.
+        """Bytes of :attr:`tensors` at two bytes a number, plus those of the configuration.
 
         What storage ratios are measured against: a float32 file does not flatter the bundle.
         """
-        numbers = sum(entry.numbers for entry in self.file.entries.values())
+        numbers = sum(entry.numbers for entry in self.tensors.values())
         return 2 * numbers + (self.folder / CONFIG_FILE).stat().st_size
 
     @cached_property
@@ -89,11 +95,11 @@ class Adapter:
             "kind": self.kind,
             "settings": self.settings,
             "modules": {name: asdict(module) for name, module in self.modules.items()},
-            "tensors": {name: [str(e.dtype), list(e.shape)] for name, e in self.file.entries.items()},
+            "tensors": {name: [str(e.dtype), list(e.shape)] for name, e in self.tensors.items()},
         }
         digest.update(json.dumps(meaning, sort_keys=True, separators=(",", ":")).encode())
         with self.file.path.open("rb") as file:
-            for entry in self.file.entries.values():  # sorted by name
+            for entry in self.tensors.values():
                 file.seek(entry.begin)
                 left = entry.size
                 while left:

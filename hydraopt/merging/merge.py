@@ -118,6 +118,7 @@ def check_set(adapters: Mapping[str, Adapter]) -> None:
     """
     if not adapters:
         raise AdapterMismatchError("there is no adapter to merge")
+    check_kinds(adapters)
     first_task, first = next(iter(adapters.items()))
     sizes: dict[str, tuple[str, tuple[int, int]]] = {}
     for task, adapter in adapters.items():
@@ -138,7 +139,6 @@ def check_set(adapters: Mapping[str, Adapter]) -> None:
                     f"module {name!r}: task {task!r} updates a weight of {size}, but task {other!r} one of {known} "
                     "(d_out, d_in). Were both trained on the same base model?"
                 )
-    check_kinds(adapters)
 
 
 def open_adapter(adapter: Adapter | Path | str) -> Adapter:

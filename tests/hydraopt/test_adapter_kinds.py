@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     T5Config,
@@ -48,6 +50,15 @@ def bert(labels=3):
         num_labels=labels,
     )  # fmt: skip
     return BertForSequenceClassification(config).eval()
+
+
+def gpt2():
+    """Its linear layers are transposed: Conv1D, whose weight is (d_in, d_out)."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=11, n_embd=16, n_layer=2, n_head=2, n_positions=32, bos_token_id=0, eos_token_id=0
+    )
+    return GPT2LMHeadModel(config).eval()
 
 
 def t5():
@@ -143,6 +154,26 @@ CASES = {
     "adalora seq2seq": (t5, AdaLoraConfig(task_type=SEQ2SEQ, target_modules=["q", "wo"], **ADA), prune),
     "adalora cls": (bert, AdaLoraConfig(task_type=SEQ_CLS, target_modules=["query"], **ADA), None),
     "lora seq2seq": (t5, LoraConfig(task_type=SEQ2SEQ, r=3, target_modules=["q", "v"]), None),
+    "conv1d": (
+        gpt2,
+        LoraConfig(task_type=CAUSAL, r=3, fan_in_fan_out=True, target_modules=["c_attn", "c_fc"]),
+        None,
+    ),
+    "conv1d dora": (
+        gpt2,
+        LoraConfig(task_type=CAUSAL, r=3, use_dora=True, fan_in_fan_out=True, target_modules=["c_attn"]),
+        None,
+    ),
+    "conv1d adalora": (
+        gpt2,
+        AdaLoraConfig(task_type=CAUSAL, fan_in_fan_out=True, target_modules=["mlp.c_proj"], **ADA),
+        None,
+    ),
+    "conv1d vera": (
+        gpt2,
+        VeraConfig(task_type=CAUSAL, r=5, fan_in_fan_out=True, target_modules=["c_attn", "mlp.c_proj"]),
+        None,
+    ),
     "vera": (llama, VeraConfig(task_type=CAUSAL, r=6, target_modules=["q_proj", "down_proj"]), None),
     "vera by key": (
         llama,
@@ -307,10 +338,21 @@ def test_portable_vera_needs_the_base_model_it_was_trained_on(tmp_path):
 def test_vera_tasks_of_other_projections_are_not_merged(setting, value, tmp_path):
     trained(llama, vera(), tmp_path / "a")
     trained(llama, vera(**{setting: value}), tmp_path / "b")
-    with pytest.raises(
-        AdapterMismatchError, match=rf"'b'.*{setting}={value}.*'a'" if setting != "r" else "lambda_d"
-    ):
+    with pytest.raises(AdapterMismatchError, match=rf"'b'.*{setting}={value}.*'a'"):
         hydraopt.merge({"a": tmp_path / "a", "b": tmp_path / "b"}, budget=1.0)
+
+
+def test_projections_saved_along_do_not_flatter_the_storage_ratio(tmp_path):
+    """They follow from a key, so they are not counted among what the bundle is compared with."""
+    for task, saved in (("with", True), ("without", False)):
+        trained(llama, vera(save_projection=saved), tmp_path / task)
+    one, other = (hydraopt.read_adapter(tmp_path / task) for task in ("with", "without"))
+    numbers = 4 * (6 + 16)  # two layers, two targets of 16 outputs, r = 6
+    for adapter in (one, other):
+        assert (
+            adapter.reference_bytes == 2 * numbers + (adapter.folder / "adapter_config.json").stat().st_size
+        )
+    assert sum(entry.numbers for entry in one.file.entries.values()) == numbers + 6 * 24 + 16 * 6
 
 
 def test_prompts_of_any_length_live_in_one_model(tmp_path):
@@ -395,6 +437,17 @@ def test_adalora_equals_peft_update_by_update(tmp_path):
     for name, layer in layers.items():
         up, down = adapter.factors(name, torch.float64)
         torch.testing.assert_close((up @ down).float(), layer.get_delta_weight("default").detach())
+
+
+def test_adalora_divides_by_slightly_more_than_its_rank(tmp_path):
+    """PEFT divides by rank + 1e-5; at rank 1 that is ten times the tolerance below."""
+    config = AdaLoraConfig(task_type=CAUSAL, init_r=1, total_step=10, target_modules=["q_proj"])
+    trained(llama, config, tmp_path / "task")
+    model = PeftModel.from_pretrained(llama(), tmp_path / "task")
+    name = "model.layers.0.self_attn.q_proj"
+    up, down = hydraopt.read_adapter(tmp_path / "task").factors(name, torch.float64)
+    expected = model.get_submodule(f"base_model.model.{name}").get_delta_weight("default").detach()
+    torch.testing.assert_close((up @ down).float(), expected, rtol=1e-6, atol=0)
 
 
 def test_a_dora_keeps_its_magnitudes_where_the_direction_is_cut(tmp_path):

@@ -116,7 +116,7 @@ def decode(data: Tensor, length: int, bits: int, dtype: torch.dtype) -> Tensor:
     if bits >= 16:
         return data.contiguous().view(-1).clone().view(dtype).view(count, length)
     groups = _groups(length)
-    codes = torch.zeros(count, length, dtype=torch.uint8)
+    codes = torch.zeros(count, length, dtype=torch.uint8, device=data.device)
     start = 0
     for shift, field in _shifts(bits):
         width = -(-length * field // 8)

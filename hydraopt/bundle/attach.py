@@ -13,6 +13,7 @@ from hydraopt.adapters.kinds import LORA_KINDS, PROMPT_KINDS
 from hydraopt.adapters.module import PREFIX
 from hydraopt.adapters.whole_tensors import is_saved
 from hydraopt.bundle.attach_extras import place_extras
+from hydraopt.bundle.attach_packed import pack
 from hydraopt.bundle.attach_prompts import attach_prompts
 from hydraopt.bundle.attach_vera import attach_vera
 from hydraopt.bundle.chains import Chain, pair
@@ -42,13 +43,15 @@ class LowRankHead(nn.Module):
         return nn.functional.linear(nn.functional.linear(x, self.inner), self.up)
 
 
-def attach(bundle: Bundle, base_model: nn.Module) -> PeftModel:
+def attach(bundle: Bundle, base_model: nn.Module, *, packed: bool = False) -> PeftModel:
     """Put every task of a bundle into a base model.
 
     Args:
         bundle: The merged set: of LoRA, DoRA and AdaLoRA tasks, or of VeRA tasks, or of prompts of one kind. PEFT
             cannot hold a mixture of these in one model.
         base_model: A transformers model of the bundle's base. It is changed in place, as PEFT does.
+        packed: Keep the factors in memory as they are stored, in few bits, and read them back module by module at every
+            pass: less memory, more time. For linear layers.
 
     Returns:
         A PeftModel in eval mode; ``set_adapter(task)`` switches. All tasks' ``lora_A`` of one module are the same
@@ -59,6 +62,8 @@ def attach(bundle: Bundle, base_model: nn.Module) -> PeftModel:
             in another size.
     """
     model: Any = _attach_for(bundle)(bundle, base_model)
+    if packed:
+        pack(bundle, model)
     model.requires_grad_(requires_grad=False)
     model.set_adapter(bundle.task_names[0])
     model.requires_grad_(requires_grad=False)

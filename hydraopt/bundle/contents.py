@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -24,7 +25,6 @@ from hydraopt.bundle.layout import (
     SCHEMA,
     SHARED_FILE,
     SHARED_TENSOR,
-    Block,
     Counts,
     FileEntry,
     Manifest,
@@ -33,9 +33,10 @@ from hydraopt.bundle.layout import (
     shared_blocks,
     task_file,
 )
+from hydraopt.bundle.stored_rows import Link, Reader, StoredRows
 from hydraopt.errors import BundleError, HydraoptError
 from hydraopt.names import check_task_name
-from hydraopt.precision import PRECISIONS, decode, vector_bytes
+from hydraopt.precision import PRECISIONS
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -130,30 +131,54 @@ class Bundle:
         Raises:
             BundleError: If there is no such task.
         """
-        index = self._index(task)
-        heads = _Reader(self.contents.heads[task], self.dtype)
-        shared = _Reader(self.contents.shared, self.dtype)
         chains = {}
-        for module in self.manifest.modules:
-            common = shared.read_all(shared_blocks(module, self.manifest.precisions))
-            counts = module.heads[index]
-            if counts is None:
-                continue
-            own = heads.read_all(head_blocks(module, counts, self.manifest.precisions))
-            if module.groups:
-                own, common = common[1 + module.groups[index] :][:1], common[:1]
-            chains[module.name] = _chain(module, counts, own, common)
+        for module, own, common in self._stored(task):
+            counts = module.heads[self._index(task)]
+            if counts is not None:
+                chains[module.name] = _chain(
+                    module, counts, [one.read() for one in own], [one.read() for one in common]
+                )
         return chains
+
+    def links(self, task: str) -> dict[str, tuple[Link, ...]]:
+        """What the bundle stores of one task, per module, in the order an input meets it and not read yet.
+
+        Shared factors of one module are the same object in the links of every task. Modules the task does not update,
+        or keeps nothing of, are left out.
+
+        Raises:
+            BundleError: If there is no such task.
+        """
+        found = {}
+        for module, own, common in self._stored(task):
+            if any(module.heads[self._index(task)] or ()):
+                found[module.name] = _links(module.family, own, common)
+        return found
+
+    def _stored(self, task: str) -> Iterator[tuple[ModuleEntry, list[StoredRows], list[StoredRows]]]:
+        """Per module the task's own parts and the shared ones that it uses."""
+        index = self._index(task)
+        heads = Reader(self.contents.heads[task], self.dtype)
+        for module, common in self._shared_parts:
+            own = heads.take(head_blocks(module, module.heads[index], self.manifest.precisions))
+            if module.groups and module.groups[index] >= 0:
+                yield module, common[1 + module.groups[index] :][:1], common[:1]
+            else:
+                yield module, own, common
+
+    @cached_property
+    def _shared_parts(self) -> list[tuple[ModuleEntry, list[StoredRows]]]:
+        shared = Reader(self.contents.shared, self.dtype)
+        bits = self.manifest.precisions
+        return [(module, shared.take(shared_blocks(module, bits))) for module in self.manifest.modules]
 
     def shared_rows(self) -> dict[str, Tensor]:
         """A' (q, d_in) of every module that has one, as read back: the last factor of every task's update."""
-        shared = _Reader(self.contents.shared, self.dtype)
-        rows = {}
-        for module in self.manifest.modules:
-            common = shared.read_all(shared_blocks(module, self.manifest.precisions))
-            if common and module.family != "shared-b":
-                rows[module.name] = common[0]
-        return rows
+        return {
+            module.name: common[0].read()
+            for module, common in self._shared_parts
+            if common and module.family != "shared-b"
+        }
 
     def extras(self, task: str) -> dict[str, Tensor]:
         """Whole-layer tensors of one task by their PEFT names, exactly as its adapter had them."""
@@ -211,11 +236,11 @@ class Bundle:
         _check_sizes(path, manifest, contents)
         return cls(manifest, contents)
 
-    def attach(self, base_model: PreTrainedModel) -> PeftModel:
+    def attach(self, base_model: PreTrainedModel, *, packed: bool = False) -> PeftModel:
         """The base model with one PEFT adapter per task; see :func:`hydraopt.bundle.attach.attach`."""
         from hydraopt.bundle.attach import attach  # noqa: PLC0415 - PEFT takes seconds to import
 
-        return attach(self, base_model)
+        return attach(self, base_model, packed=packed)
 
     def export(self, out: str | Path, task: str | None = None, profile: str = "peft") -> dict[str, Path]:
         """Write ordinary PEFT folders; see :func:`hydraopt.bundle.export.export`."""
@@ -245,15 +270,15 @@ def verify(path: str | Path) -> Manifest:
 def _floats(bundle: Bundle) -> Iterator[tuple[str, Tensor]]:
     """Everything the bundle stores, as it reads back, with the file it is in."""
     bits = bundle.manifest.precisions
-    shared = _Reader(bundle.contents.shared, bundle.dtype)
+    shared = Reader(bundle.contents.shared, bundle.dtype)
     for module in bundle.manifest.modules:
-        for part in shared.read_all(shared_blocks(module, bits)):
-            yield f"{SHARED_FILE} (module {module.name!r})", part
+        for part in shared.take(shared_blocks(module, bits)):
+            yield f"{SHARED_FILE} (module {module.name!r})", part.read()
     for index, task in enumerate(bundle.task_names):
-        heads = _Reader(bundle.contents.heads[task], bundle.dtype)
+        heads = Reader(bundle.contents.heads[task], bundle.dtype)
         for module in bundle.manifest.modules:
-            for part in heads.read_all(head_blocks(module, module.heads[index], bits)):
-                yield f"{task_file(task)} (module {module.name!r})", part
+            for part in heads.take(head_blocks(module, module.heads[index], bits)):
+                yield f"{task_file(task)} (module {module.name!r})", part.read()
         for name, extra in bundle.contents.extras[task].items():
             if extra.is_floating_point():
                 yield f"{task_file(task)}:{name}", extra
@@ -372,32 +397,6 @@ def _check_sizes(path: Path, manifest: Manifest, contents: BundleContents) -> No
             )
 
 
-class _Reader:
-    """Reads one block of vectors after the other from a flat tensor of bytes."""
-
-    def __init__(self, flat: Tensor, dtype: torch.dtype) -> None:
-        self.flat = flat
-        self.dtype = dtype
-        self.start = 0
-
-    def read_all(self, blocks: list[Block]) -> list[Tensor]:
-        """The vectors of each block, (count, length)."""
-        return [self._read(block) for block in blocks]
-
-    def _read(self, block: Block) -> Tensor:
-        parts = []
-        for count, bits in block.counts:
-            width = vector_bytes(block.length, bits)
-            data = self.flat[self.start : self.start + count * width].view(count, width)
-            parts.append(decode(data, block.length, bits, self.dtype))
-            self.start += count * width
-        if not parts:
-            return torch.empty(0, block.length, dtype=self.dtype)
-        if len({part.dtype for part in parts}) > 1:
-            parts = [part.float() for part in parts]
-        return torch.cat(parts)
-
-
 def _chain(
     module: ModuleEntry, counts: Counts, own: list[Tensor], common: list[Tensor]
 ) -> tuple[Tensor, ...]:
@@ -415,6 +414,18 @@ def _chain(
     if module.family == "two-sided":
         return common[1].mT, own[0].float().mT @ own[1].float(), common[0]
     return own[0].mT, common[0]
+
+
+def _links(family: str, own: list[StoredRows], common: list[StoredRows]) -> tuple[Link, ...]:
+    """The same from right to left, as an input meets it."""
+    order = {
+        "separate": lambda: [(own[1], False), (own[0], True)],
+        "shared-a": lambda: [(common[0], False), (own[1], False), (own[0], True)],
+        "shared-b": lambda: [(own[0], False), (own[1], True), (common[0], True)],
+        "two-sided": lambda: [(common[0], False), (own[1], False), (own[0], True), (common[1], True)],
+        "dense-heads": lambda: [(common[0], False), (own[0], True)],
+    }[family]()
+    return tuple(Link(rows, up) for rows, up in order)
 
 
 def _write(file: Path, data: bytes) -> None:

@@ -287,3 +287,36 @@ def test_a_bundle_with_a_renamed_pickle_is_refused(saved):
     save_file({"factors": torch.zeros(3)}, file)
     with pytest.raises(BundleError, match="SHA-256"):
         hydraopt.Bundle.load(saved)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "target",
+    [{"budget": 0.6}, {"budget": 0.7, "method": "two-sided"}, {"method": "paper", "rank": 3, "bits": 4}],
+)
+def test_packed_factors_compute_the_same_in_less_memory(tmp_path, target):
+    """The same stored numbers are multiplied in another order: float32 rounding of a few products is all there is."""
+    folders = {}
+    for seed in range(3):
+        trained(
+            llama(),
+            tmp_path / f"t{seed}",
+            seed,
+            task_type="CAUSAL_LM",
+            r=4,
+            target_modules=["q_proj", "up_proj"],
+        )
+        folders[f"t{seed}"] = tmp_path / f"t{seed}"
+    bundle = hydraopt.merge(folders, **target)
+    plain, packed = bundle.attach(llama()), bundle.attach(llama(), packed=True)
+    for task in folders:
+        plain.set_adapter(task)
+        packed.set_adapter(task)
+        torch.testing.assert_close(packed(TOKENS).logits, plain(TOKENS).logits, rtol=0, atol=1e-5)
+
+    def adapter_bytes(model) -> int:
+        tensors = [*model.named_parameters(), *model.named_buffers()]  # each shared one is counted once
+        return sum(tensor.nbytes for name, tensor in tensors if ".lora_" in name)
+
+    stored = bundle.contents.shared.nbytes + sum(head.nbytes for head in bundle.contents.heads.values())
+    assert adapter_bytes(packed) <= stored < adapter_bytes(plain)

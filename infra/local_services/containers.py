@@ -41,6 +41,7 @@ def place() -> Place:
             "prefect": PurePosixPath("/var/lib/prefect"),
         },
         identities=PurePosixPath("/run/store/identities.json"),
+        store_tls=PurePosixPath("/var/lib/store-tls"),
         mlflow_auth=PurePosixPath("/etc/hydraopt/mlflow_auth.ini"),
         sockets="/var/run/postgresql",
         secrets={name: placeholder(name) for name in fresh_production_secrets()},

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from infra.local_services import health, this_machine
+from infra.local_services import health, store_certificate, this_machine
 from infra.local_services.credentials import ensure_credentials
 from infra.local_services.definition import (
     Definition,
@@ -57,6 +57,7 @@ def store(home: Path, ports: Mapping[str, int], bucket: str) -> Definition:
         "WEED_JWT_SIGNING_READ_KEY": keys["store_volume_read_key"],
         "WEED_JWT_FILER_SIGNING_KEY": keys["store_filer_write_key"],
         "WEED_JWT_FILER_SIGNING_READ_KEY": keys["store_filer_read_key"],
+        **store_certificate.certificate_variables(home / store_certificate.FOLDER),
         "HOME": str(home / "store"),  # else it would read the user's ~/.seaweedfs
         MARK: mark(home, "store"),
     }
@@ -71,7 +72,7 @@ def store(home: Path, ports: Mapping[str, int], bucket: str) -> Definition:
         variables,
         bare_environment(),
         check,
-        prepare=lambda: this_machine.write_identities(home, keys, bucket),
+        prepare=lambda: this_machine.prepare_store(home, keys, bucket),
     )
 
 

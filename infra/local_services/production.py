@@ -12,6 +12,7 @@ from pathlib import PurePath
 
 from infra.local_services.pools import service_of
 from infra.local_services.ports import GRPC_OFFSET
+from infra.local_services.store_certificate import certificate_variables
 from infra.secret_values import STORE_SIGNING_KEYS
 from infra.settings import ADMIN, Settings
 
@@ -40,6 +41,8 @@ class Place:
     """Data folder by server."""
     identities: PurePath
     """File of the store's identities."""
+    store_tls: PurePath
+    """Folder of the certificate that the store's parts show each other."""
     mlflow_auth: PurePath
     sockets: str
     """Folder of PostgreSQL's Unix sockets; empty: none."""
@@ -117,6 +120,7 @@ def store(place: Place, bucket: str) -> Blueprint:
         "WEED_JWT_SIGNING_READ_KEY": keys["volume_read"],
         "WEED_JWT_FILER_SIGNING_KEY": keys["filer_write"],
         "WEED_JWT_FILER_SIGNING_READ_KEY": keys["filer_read"],
+        **certificate_variables(place.store_tls),
         "HOME": str(place.folders["store"]),  # else it would read the user's ~/.seaweedfs
     }
     probe = ("wget", "-q", "-O", "/dev/null", f"http://{LOOPBACK}:{ports['s3']}/healthz")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from infra.atomic_files import write_atomically
-from infra.local_services import database, health, production
+from infra.local_services import database, health, production, store_certificate
 from infra.local_services.credentials import ensure_credentials
 from infra.local_services.definition import (
     Definition,
@@ -46,14 +46,16 @@ def place(home: Path, ports: Mapping[str, Mapping[str, int]], secrets: Mapping[s
             "prefect": home / "prefect",
         },
         identities=home / IDENTITIES_FILE,
+        store_tls=home / store_certificate.FOLDER,
         mlflow_auth=_HERE / "mlflow_auth.ini",
         sockets="",
         secrets=secrets,
     )
 
 
-def write_identities(home: Path, secrets: Mapping[str, str], bucket: str) -> None:
+def prepare_store(home: Path, secrets: Mapping[str, str], bucket: str) -> None:
     """Tell the store who may do what, in a file for it alone: from variables it would log the key's name."""
+    store_certificate.write_certificate(home / store_certificate.FOLDER)
     write_atomically(home / IDENTITIES_FILE, store_identities(secrets, bucket).encode(), mode=0o600)
 
 
@@ -111,7 +113,7 @@ def _store(here: Place, home: Path, bucket: str) -> Definition:
         {**blueprint.variables, MARK: mark(home, "store")},
         bare_environment(),
         lambda _: health.check_store(address, bucket, *publisher),
-        prepare=lambda: write_identities(home, here.secrets, bucket),
+        prepare=lambda: prepare_store(home, here.secrets, bucket),
     )
 
 

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from infra import secret_values
-from infra.local_services import containers, database, production
+from infra.local_services import containers, database, production, store_certificate
 from infra.local_services.profiles import SERVICES
 from infra.secret_values import store_identities, write_env_file
 
@@ -75,6 +75,16 @@ def test_the_schema_refuses_a_wrong_file(wrong):
         validate_compose({**COMPOSE, "services": {"store": {"image": "x", **wrong}}})
 
 
+def test_the_certificate_is_made_where_the_store_looks():
+    """By our image, for the user that the store has, too."""
+    maker, store = COMPOSE["services"]["store-tls"], COMPOSE["services"]["store"]
+    folder = str(containers.place().store_tls)
+    assert maker["command"] == ["python", "-m", store_certificate.__name__, folder]
+    assert f"store-tls:{folder}" in maker["volumes"]
+    assert f"store-tls:{folder}:ro" in store["volumes"]
+    assert maker["user"] == store["user"]
+
+
 def test_postgres_makes_its_cluster_the_same_way():
     environment = COMPOSE["services"]["postgres"]["environment"]
     assert environment["POSTGRES_INITDB_ARGS"].split() == list(database.INITDB_OPTIONS)
@@ -122,7 +132,7 @@ def test_a_container_may_do_little(name):
 def test_images_are_pinned_and_services_come_back(name):
     service = COMPOSE["services"][name]
     assert re.search(r":\d+\.\d+", service["image"]), service["image"]
-    once = name in {"store-folder", "cli"}
+    once = name in {"store-folder", "store-tls", "cli"}
     assert service["restart"] == ("no" if once else "unless-stopped")
     assert once or service["healthcheck"]["start_period"]
 
@@ -148,7 +158,9 @@ def test_services_wait_for_what_they_need():
         for name, service in COMPOSE["services"].items()
     }
     assert conditions["mlflow"] == conditions["prefect"] == {"postgres": "service_healthy"}
-    assert conditions["store"] == {"store-folder": "service_completed_successfully"}
+    assert conditions["store"] == dict.fromkeys(
+        ("store-folder", "store-tls"), "service_completed_successfully"
+    )
     for worker in ("worker-cpu", "worker-gpu", "worker-gpu-without-card"):
         assert conditions[worker] == dict.fromkeys(("store", "mlflow", "prefect"), "service_healthy")
 
@@ -172,7 +184,8 @@ def test_every_secret_comes_from_the_env_file(tmp_path):
     named = r"PASSWORD|SECRET|_KEY$|AUTH_STRING|_AUTH$|IDENTITIES"
     for service in COMPOSE["services"].values():
         for name, value in service.get("environment", {}).items():
-            assert not re.search(named, name) or "${STACK_" in value, name
+            in_volume = value.startswith(str(containers.place().store_tls))
+            assert not re.search(named, name) or "${STACK_" in value or in_volume, name
 
 
 def test_secrets_are_made_once_for_their_owner_alone(tmp_path):

@@ -141,6 +141,29 @@ def test_the_parts_behind_the_store_let_nobody_in(home):
         assert caught.value.code in {401, 403}, url
 
 
+def test_nobody_deletes_objects_behind_the_keys(home, tmp_path):
+    """SeaweedFS's own shell, as a stranger has it: without the certificate no part answers it."""
+    store = ObjectStore(Settings.load(home))
+    store.create("not-yours", b"weights")
+    command = psutil.Process(status(home)["store"].pid).cmdline()
+    ports = dict(part.lstrip("-").split("=") for part in command if ".port" in part)
+    places = [
+        f"-{part}=127.0.0.1:{ports[f'{part}.port']}.{ports[f'{part}.port.grpc']}"
+        for part in ("master", "filer")
+    ]
+    shell = subprocess.Popen(
+        [command[0], "shell", *places], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)},
+    )  # fmt: skip
+    try:
+        said, _ = shell.communicate("fs.rm /buckets/hydraopt/not-yours\nfs.ls /buckets/hydraopt\n", timeout=8)
+    except subprocess.TimeoutExpired:
+        shell.kill()
+        said, _ = shell.communicate()
+    assert "not-yours" not in said
+    assert store.read("not-yours")[0] == b"weights"
+
+
 def test_keys_are_private_and_in_nobody_elses_hands(home):
     keys = ensure_credentials(home)
     assert (home / "credentials.json").stat().st_mode & 0o777 == 0o600

@@ -93,10 +93,10 @@ def encode(vectors: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tens
     wide = scales.float()
     levels = grouped * torch.where(wide > 0, wide.reciprocal(), 0.0)
     codes = levels.add_(precision.half + 0.5).clamp_(0, 2**bits - 0.5).to(torch.uint8)
-    decoded = levels.copy_(codes).sub_(precision.half).mul_(wide).view(count, -1)[:, :length]
-    codes = codes.view(count, -1)[:, :length]
+    decoded = levels.copy_(codes).sub_(precision.half).mul_(wide).flatten(1)[:, :length]
+    codes = codes.flatten(1)[:, :length]
     parts = [_pack(codes, shift, field, bits) for shift, field in _shifts(bits)]
-    data = torch.cat([*parts, scales.view(count, -1).view(torch.uint8)], dim=1)
+    data = torch.cat([*parts, scales.flatten(1).view(torch.uint8)], dim=1)
     return data.cpu(), decoded.to(vectors.dtype)
 
 
@@ -127,7 +127,7 @@ def decode(data: Tensor, length: int, bits: int, dtype: torch.dtype) -> Tensor:
     levels = codes.float().sub_(PRECISIONS[bits].half)
     if length % width:
         levels = torch.nn.functional.pad(levels, (0, -length % width))
-    return levels.view(count, groups, width).mul_(scales).view(count, -1)[:, :length]
+    return levels.view(count, groups, width).mul_(scales).flatten(1)[:, :length]
 
 
 def encode_ragged(
@@ -208,4 +208,4 @@ def _unpack(packed: Tensor, length: int, field: int) -> Tensor:
     for place in range(1, 8 // field):
         spread |= wide << ((8 - field) * place)
     mask = int.from_bytes(bytes([2**field - 1] * (8 // field)), "little")
-    return (spread & mask).view(torch.uint8).view(packed.shape[0], -1)[:, :length]
+    return (spread & mask).view(torch.uint8)[:, :length]

@@ -46,6 +46,7 @@ Progress = Callable[[int, int, str], None]
 
 _TINY = 1e-280  # squared norms below it are zero: their inverse would overflow
 _FEW_MODULES = 48
+_FILLINGS = 4
 
 
 class MergeRun:
@@ -262,10 +263,14 @@ class MergeRun:
             if left >= 0:
                 break
             size = max(size + left, 0) if size else -1
-        # Filling up may lengthen some counts in the manifest by a digit or an entry.
-        filled = fill(choices, total_bytes(choices) + left - 64 - len(choices))
-        fits = total_bytes(filled) + self.assembly.container_bytes(filled) <= allowed
-        return filled if fits else choices
+        for _ in range(_FILLINGS):
+            # Filling up may lengthen some counts in the manifest by a digit or an entry.
+            filled = fill(choices, total_bytes(choices) + left - 24 - len(choices))
+            now = allowed - total_bytes(filled) - self.assembly.container_bytes(filled)
+            if now < 0 or now == left:
+                break
+            choices, left = filled, now
+        return choices
 
     def _solve_paper(self, modules: Sequence[Sequence[Option]], recipe: Recipe) -> list[Choice]:
         if recipe.rank is not None:

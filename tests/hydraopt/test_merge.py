@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import hydraopt
 from hydraopt.errors import AdapterMismatchError, BudgetError, HydraoptError
+from hydraopt.merging.frontier import frontier
 
 PROPERTY = settings(
     max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -180,6 +181,119 @@ def test_error_bound_is_met_with_few_bytes(workshop):
     assert loose.storage_ratio < tight.storage_ratio
 
 
+def big_enough(workshop, count=6, **settings):
+    """Adapters whose factors, not their manifest, make the size."""
+    shapes = {"q_proj": (192, 256), "up_proj": (320, 256)}
+    return {
+        f"t{i}": workshop.adapter(f"t{i}", seed=i, rank=8, shared_a=True, shapes=shapes, **settings)
+        for i in range(count)
+    }
+
+
+@pytest.mark.parametrize("budget", [0.08, 0.15, 0.25, 0.5])
+def test_free_precision_is_closer_than_any_fixed_one_at_the_same_bytes(workshop, budget):
+    folders = big_enough(workshop)
+    free = hydraopt.merge(folders, budget=budget)
+    allowed = budget * sum(entry.bytes for entry in free.manifest.tasks.values())
+    # Half a percent, or less than the shortest vector takes at two bits more.
+    assert max(0.995 * allowed, allowed - 160) <= free.manifest.bytes_on_disk <= allowed
+    assert free.relative_error == pytest.approx(math.sqrt(set_error(workshop, free, folders)), rel=1e-4)
+    for bits in (16, 8, 4, 2):
+        for method in ("hydraopt", "separate"):
+            fixed = hydraopt.merge(folders, budget=budget, bits=bits, method=method)
+            assert fixed.storage_ratio <= budget
+            # What the solver expects of rounding and what it leaves differ by a few percent.
+            assert free.relative_error <= 1.03 * fixed.relative_error
+    assert free.relative_error < 0.6 * hydraopt.merge(folders, budget=budget, bits=16).relative_error
+
+
+@pytest.mark.parametrize("bits", [16, 8, 6, 4, 3, 2])
+def test_pinned_bits_are_the_only_ones_used(workshop, bits):
+    bundle = hydraopt.merge(big_enough(workshop, 3), budget=0.3, bits=bits)
+    assert bundle.manifest.precisions == (bits,)
+    assert bundle.storage_ratio <= 0.3
+    assert bundle.relative_error < 1
+
+
+def test_every_weight_counts(workshop):
+    """Ten times the weight makes a task closer and the others less close; the order of the weights is irrelevant."""
+    folders = big_enough(workshop, 3)
+    even = hydraopt.merge(folders, budget=0.1).manifest.tasks
+    for task in folders:
+        favoured = hydraopt.merge(folders, budget=0.1, weights={task: 10.0}).manifest.tasks
+        assert favoured[task].relative_error < 0.9 * even[task].relative_error
+        assert all(
+            favoured[other].relative_error > even[other].relative_error for other in set(folders) - {task}
+        )
+    with pytest.raises(AdapterMismatchError, match="'nobody'"):
+        hydraopt.merge(folders, budget=0.1, weights={"nobody": 2.0})
+    for wrong in (-1.0, math.nan, math.inf):
+        with pytest.raises(BudgetError, match="t0"):
+            hydraopt.merge(folders, budget=0.1, weights={"t0": wrong})
+
+
+def test_repeated_adapters_cost_almost_nothing_extra(workshop):
+    """Eight copies in little more bytes than one of them takes, at the same error: shared on both sides."""
+    one = big_enough(workshop, 1, layers=3)
+    copies = {f"copy{i}": one["t0"] for i in range(8)}
+    alone = hydraopt.merge(one, budget=0.9, bits=16)
+    together = hydraopt.merge(
+        copies, budget=0.9 / 8 * 1.3, bits=16
+    )  # cores, and 8 entries for each of 6 modules
+    assert together.relative_error <= alone.relative_error
+    assert {module.family for module in together.manifest.modules} == {"two-sided"}
+
+
+def test_two_hundred_small_tasks(workshop):
+    shapes = {"q_proj": (96, 96)}
+    folders = {
+        f"t{i}": workshop.adapter(f"t{i}", seed=i, rank=2, shared_a=True, layers=2, shapes=shapes)
+        for i in range(200)
+    }
+    bundle = hydraopt.merge(folders, budget=0.5)
+    assert len(bundle.task_names) == 200
+    assert bundle.storage_ratio <= 0.5
+    assert bundle.relative_error == pytest.approx(math.sqrt(set_error(workshop, bundle, folders)), rel=1e-3)
+
+
+def test_norms_from_a_millionth_to_a_million_at_few_bits(workshop):
+    scales = {f"t{i}": 10.0**e for i, e in enumerate((-6, -3, 0, 3, 6))}
+    shapes = {"q_proj": (128, 192)}
+    folders = {
+        t: workshop.adapter(t, seed=i, scale=s, rank=8, shapes=shapes)
+        for i, (t, s) in enumerate(scales.items())
+    }
+    errors = [entry.relative_error for entry in hydraopt.merge(folders, budget=0.25).manifest.tasks.values()]
+    assert max(errors) <= 1.5 * min(errors) <= 0.3
+
+
+def test_the_frontier_is_what_merges_come_to(workshop):
+    """Every point is met by a merge at its budget: same size, and the error within what rounding scatters."""
+    folders = big_enough(workshop, 4)
+    points = frontier(folders, budgets=(0.1, 0.25, 0.5))
+    assert {(p.method, p.bits) for p in points} >= {("hydraopt", "auto"), ("separate", 16), ("paper", 16)}
+    for point in points:
+        bundle = hydraopt.merge(folders, budget=point.budget, method=point.method, bits=point.bits)
+        assert bundle.storage_ratio == pytest.approx(point.storage_ratio, rel=0.01)
+        assert bundle.relative_error == pytest.approx(point.relative_error, rel=0.05)
+    by_line = {
+        line: [p for p in points if (p.method, p.bits) == line]
+        for line in {(p.method, p.bits) for p in points}
+    }
+    for line in by_line.values():
+        assert [p.relative_error for p in line] == sorted((p.relative_error for p in line), reverse=True)
+
+
+def test_many_modules_are_searched_by_kind_without_loss(workshop):
+    """Sixty modules of two kinds: trying families on one of each kind comes as close as trying them on all."""
+    folders = big_enough(workshop, 4, layers=30)
+    found = hydraopt.merge(folders, budget=0.2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hydraopt.merging.run._FEW_MODULES", 1000)
+        everywhere = hydraopt.merge(folders, budget=0.2)
+    assert found.relative_error <= 1.01 * everywhere.relative_error
+
+
 def test_a_loud_task_does_not_drown_a_quiet_one(workshop):
     """Weights are 1 / |dW_k|^2: norms from 1e-6 to 1e6 leave every task about equally close."""
     scales = {"quiet": 1e-6, "usual": 1.0, "loud": 1e6}
@@ -267,6 +381,10 @@ def test_the_least_possible_budget_it_names_works(workshop):
         {"heads": 7, "budget": 0.5, "method": "paper"},
         {"device": "tpu", "budget": 0.5},
         {"seed": -1, "budget": 0.5},
+        {"bits": 5, "budget": 0.5},
+        {"bits": 32, "budget": 0.5},
+        {"bits": 8, "budget": 0.5, "dtype": "float32"},
+        {"rank": 3, "method": "two-sided"},
     ],
 )
 def test_settings_that_make_no_sense_are_refused(workshop, settings):

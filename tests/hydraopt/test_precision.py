@@ -1,0 +1,100 @@
+"""Stored numbers: what is written reads back, in as many bytes as promised, as close as the solver assumes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hydraopt.precision import (
+    GROUP,
+    LOW_BITS,
+    PRECISIONS,
+    core_bits,
+    decode,
+    encode,
+    encode_ragged,
+    vector_bytes,
+)
+
+
+def dtype_of(bits):
+    return torch.bfloat16 if bits == 16 else torch.float32
+
+
+def gaussian(count, length, seed=0):
+    return torch.randn(count, length, generator=torch.Generator().manual_seed(seed))
+
+
+@settings(max_examples=60, deadline=None)
+@given(bits=st.sampled_from(sorted(PRECISIONS)), count=st.integers(0, 5), length=st.integers(1, 300))
+def test_what_is_written_reads_back(bits, count, length):
+    data, read_back = encode(gaussian(count, length, seed=length), bits, dtype_of(bits))
+    assert data.shape == (count, vector_bytes(length, bits))
+    assert torch.equal(decode(data, length, bits, dtype_of(bits)).float(), read_back)
+
+
+@pytest.mark.parametrize("bits", [8, 6, 4, 3, 2])
+def test_every_level_can_be_written(bits):
+    """A ramp through all codes of a group comes back in order and spans the clipped range evenly."""
+    ramp = torch.linspace(-1, 1, GROUP)[None]
+    _, read_back = encode(ramp, bits, torch.bfloat16)
+    levels = torch.unique(read_back)
+    assert len(levels) == min(2**bits, GROUP)
+    assert bool((read_back.diff() >= 0).all())
+    if 2**bits <= GROUP:
+        torch.testing.assert_close(levels.diff(), levels.diff()[:1].expand(2**bits - 1), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("bits", sorted(PRECISIONS))
+def test_the_noise_the_solver_assumes_is_the_noise_there_is(bits):
+    """5 %: what a million Gaussian numbers scatter by, several times over."""
+    vectors = gaussian(500, 2048)
+    _, read_back = encode(vectors, bits, dtype_of(bits))
+    noise = float((read_back - vectors).square().sum() / vectors.square().sum())
+    assert noise == pytest.approx(PRECISIONS[bits].noise, rel=0.05, abs=1e-15)
+
+
+def test_fewer_bits_cost_fewer_bytes_and_more_noise():
+    order = sorted(PRECISIONS)
+    assert [vector_bytes(4096, bits) for bits in order] == sorted(vector_bytes(4096, bits) for bits in order)
+    assert [PRECISIONS[bits].noise for bits in order] == sorted(
+        (PRECISIONS[bits].noise for bits in order), reverse=True
+    )
+    assert all(core_bits(bits) >= bits for bits in order)
+    # 16 bits of scale for each 128 numbers, nothing else
+    assert all(vector_bytes(4096, bits) == 4096 * bits // 8 + 2 * 4096 // GROUP for bits in LOW_BITS)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-6, 1.0, 1e6, 1e30])
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_the_size_of_the_numbers_does_not_matter(bits, scale):
+    """The scale is rounded to bfloat16 and so clips a little more or less: a tenth of the noise at most."""
+    vectors = gaussian(40, 256)
+    _, read_back = encode(vectors * scale, bits, torch.bfloat16)
+    noise = float((read_back / scale - vectors).square().sum() / vectors.square().sum())
+    assert noise <= 1.1 * PRECISIONS[bits].noise
+
+
+def test_zeros_stay_zero():
+    for bits in LOW_BITS:
+        _, read_back = encode(torch.zeros(2, 200), bits, torch.bfloat16)
+        assert torch.equal(read_back, torch.zeros(2, 200))
+
+
+def test_vectors_of_many_heads_keep_their_own_precision():
+    vectors = gaussian(15, 40).view(3, 5, 40)
+    levels = np.array([[0, 0, 1, 2, -1], [-1, -1, -1, -1, -1], [1, 1, 1, 1, 1]])
+    bits = (16, 8, 3)
+    stored, read_back = encode_ragged(vectors, levels, bits, torch.bfloat16)
+    for head in range(3):
+        for place, level in enumerate(levels[head]):
+            expected = torch.zeros(1, 40)
+            if level >= 0:
+                _, expected = encode(vectors[head, place][None], bits[level], torch.bfloat16)
+            assert torch.equal(read_back[head, place][None], expected)
+        assert [block.shape[0] for block in stored[head]] == [
+            count for level in range(3) if (count := int((levels[head] == level).sum()))
+        ]

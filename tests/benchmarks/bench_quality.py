@@ -50,7 +50,7 @@ def main() -> None:
     folders: dict[AdapterSet, dict[str, Path]] = {}
     tasks: dict[str, TaskFile] = {}
     for adapters in adapter_sets(arguments.seeds, arguments.own_init_seeds):
-        tasks = write_task_files(work, adapters)
+        tasks = write_task_files(work, adapters, arguments.examples)
         folders[adapters] = train_set(tasks, adapters, work, console)
     if arguments.train_only:
         return
@@ -206,7 +206,7 @@ def _machine() -> str:
 
 
 def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(arguments, name) for name in ("seeds", "own_init_seeds", "train_rows", "test_rows")}
+    return {name: getattr(arguments, name) for name in ("examples", "train_rows", "test_rows")}
 
 
 def _arguments() -> argparse.Namespace:
@@ -220,6 +220,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3, help="Data orders, all tasks from one A.")
     parser.add_argument(
         "--own-init-seeds", type=int, default=1, help="Data orders, every task from its own A."
+    )
+    parser.add_argument(
+        "--examples", type=int, default=3200, help="Training rows a task sees, repeats counted."
     )
     parser.add_argument("--train-rows", type=int, help="Training rows per task at most; default all.")
     parser.add_argument("--test-rows", type=int, help="Test rows per task at most; default all.")

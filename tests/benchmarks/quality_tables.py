@@ -55,9 +55,9 @@ def markdown(result: dict[str, Any]) -> str:
 def _preface(result: dict[str, Any]) -> str:
     settings, rows = result["settings"], sum(result["test_rows"].values())
     return (
-        f"{len(result['test_rows'])} tasks, {rows} test rows, at most {settings['train_rows'] or 'all'} training rows "
-        "a task. Drop: relative loss of test accuracy against the task's own adapter. Worst task: mean over the sets. "
-        "Intervals: 2,000 draws of tasks and of test rows, seeds kept together."
+        f"{len(result['test_rows'])} tasks, {rows} test rows; every adapter saw about {settings['examples']} training "
+        "rows, repeats counted. Drop: relative loss of test accuracy against the task's own adapter. Worst task: mean "
+        "over the sets. Intervals: 2,000 draws of tasks and of test rows, seeds kept together."
     )
 
 

@@ -114,16 +114,13 @@ def _complete(
 
 def _missing_together(names: list[str], profile: Profile) -> list[str]:
     """Modules that the profile wants because a neighbour is updated."""
-    present = set(names)
-    missing = []
+    missing: set[str] = set()
     for group in profile.together:
         for name in names:
             parent, _, leaf = name.rpartition(".")
             if leaf in group:
-                neighbours = {f"{parent}.{other}" for other in group}
-                missing += sorted(neighbours - present)
-                present |= neighbours
-    return missing
+                missing |= {f"{parent}.{other}" for other in group}
+    return sorted(missing - set(names))
 
 
 def _padded(up: Tensor, down: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -228,6 +228,20 @@ def test_ranks_stay_small_where_a_consumer_takes_one_per_module(workshop, tmp_pa
     assert small.stat().st_size < 0.7 * padded.stat().st_size  # 9 of 16 rows, and the header
 
 
+def test_ranks_that_differ_are_scaled_back_under_one_alpha(workshop, folders, tmp_path):
+    """llama.cpp divides alpha by the rank of each tensor."""
+    bundle = hydraopt.merge(folders, budget=0.6, dtype="float32")
+    for task, folder in bundle.export(tmp_path / "out", profile="llama-cpp").items():
+        adapter = hydraopt.read_adapter(folder)
+        assert len({module.rank for module in adapter.modules.values()}) > 1
+        stored = workshop.dense_bundle(bundle, task)
+        for name, update in read_by_llama_cpp(folder).items():
+            torch.testing.assert_close(update, stored[name], rtol=0, atol=1e-4)
+            torch.testing.assert_close(
+                torch.linalg.multi_dot(adapter.factors(name, torch.float64)), update, rtol=0, atol=1e-4
+            )
+
+
 def test_neighbours_nobody_updates_come_from_the_base_models_sizes(workshop, tmp_path):
     from transformers import LlamaConfig
 

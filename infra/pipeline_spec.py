@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from hydraopt.errors import TaskFileError
 from hydraopt.evaluation.gates import GateRules
 from hydraopt.evaluation.yaml_file import explain, read_yaml
-from hydraopt.merging.recipe import Recipe
+from hydraopt.merging.recipe import MADE_FROM, Recipe
 from hydraopt.names import check_name, check_task_name, slug
 from infra.approval_policy import ApprovalPolicy
 
@@ -53,6 +53,13 @@ class BundleSpec(BaseModel):
         if isinstance(budget, int | float) and isinstance(gates, dict) and "max_storage_ratio" not in gates:
             return {**data, "gates": {**gates, "max_storage_ratio": budget}}
         return data
+
+    @field_validator("recipe")
+    @classmethod
+    def _only_decisions(cls, recipe: Recipe) -> Recipe:
+        if filled := sorted(name for name in MADE_FROM if getattr(recipe, name) is not None):
+            raise ValueError(f"{filled[0]} is what a merge fills in, not a setting; leave it out")
+        return recipe
 
     @field_validator("name")
     @classmethod

@@ -14,6 +14,7 @@ from hydraopt.bundle.layout import MANIFEST_FILE
 from hydraopt.errors import BundleError, ServiceError
 from hydraopt.evaluation.evaluate import evaluate_adapter, evaluate_bundle_tasks
 from hydraopt.evaluation.result import Evaluation
+from hydraopt.merging.recipe import MADE_FROM
 from infra.adapter_store import AdapterVersion
 from infra.atomic_files import write_atomically
 from infra.blobs import BlobRef
@@ -53,7 +54,7 @@ def merge_adapters(settings: Settings, desired: DesiredSet, folders: dict[str, P
         return out
     shutil.rmtree(out, ignore_errors=True)
     recipe = desired.spec.recipe
-    bundle = hydraopt.merge(folders, **recipe.model_dump(), progress=progress)
+    bundle = hydraopt.merge(folders, **recipe.model_dump(exclude=MADE_FROM), progress=progress)
     bundle.save(out)
     return out
 

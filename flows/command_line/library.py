@@ -38,14 +38,19 @@ _DEVICES = ["auto", "cpu", "cuda"]
 @click.option(
     "--max-error", type=float, help="Largest relative error |dW - merged| / |dW| instead of a budget."
 )
-@click.option("--method", type=click.Choice(_METHODS), default="hydraopt", show_default=True)
+@click.option(
+    "--keep-shared",
+    type=click.Path(path_type=Path),
+    metavar="BUNDLE",
+    help="Keep this bundle's shared part and the files of unchanged tasks, byte for byte.",
+)
+@click.option("--method", type=click.Choice(_METHODS), show_default="hydraopt")
 @click.option("--heads", type=int, help="For paper: number of dense heads; one per task is supported.")
 @click.option("--rank", type=int, help="For paper: rows of A'; for separate: directions per task.")
 @click.option(
     "--bits",
     type=click.Choice(_BITS),
-    default="auto",
-    show_default=True,
+    show_default="auto",
     help="Bits per stored number; auto trades them against ranks, vector by vector.",
 )
 @click.option(
@@ -57,18 +62,23 @@ _DEVICES = ["auto", "cpu", "cuda"]
 @click.option(
     "--dtype",
     type=click.Choice(_DTYPES),
-    default="bfloat16",
-    show_default=True,
+    show_default="bfloat16",
     help="Floats of 16 or 32 bits.",
 )
 @click.option("--device", type=click.Choice(_DEVICES), default="auto", show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=int, show_default="0")
 def merge(
-    output: Output, adapters: tuple[str, ...], out: Path, bits: str, weights: tuple[str, ...], **settings: Any
+    output: Output,
+    adapters: tuple[str, ...],
+    out: Path,
+    bits: str | None,
+    weights: tuple[str, ...],
+    **settings: Any,
 ) -> dict[str, Any]:
     """Merge task adapters (PEFT folders) of one base model into one small bundle.
 
-    A task is named like its folder, or NAME=FOLDER says otherwise.
+    A task is named like its folder, or NAME=FOLDER says otherwise. With --keep-shared, devices that hold the
+    former bundle fetch the files of changed tasks alone.
 
     Example: hydraopt merge adapters/mood adapters/topic=runs/17 --budget 0.25 --out bundle
     """
@@ -78,8 +88,8 @@ def merge(
     with output.progress() as progress:
         bundle = hydraopt.merge(
             _named(adapters),
-            bits=bits if bits == "auto" else int(bits),
-            weights=_weights(weights),
+            bits=int(bits) if bits and bits != "auto" else bits,
+            weights=_weights(weights) if weights else None,
             progress=progress,
             **settings,
         )
@@ -94,11 +104,14 @@ def merge(
         f"{out}: bundle {bundle.id[:12]}, {len(entries)} tasks, {100 * bundle.storage_ratio:.1f} % of the adapters' "
         f"bytes, relative error {bundle.relative_error:.4f}, {seconds:.1f} s"
     )
+    for warning in bundle.warnings:
+        output.show(f"warning: {warning}")
     return {
         "bundle_id": bundle.id,
         "out": out,
         "storage_ratio": bundle.storage_ratio,
         "relative_error": bundle.relative_error,
+        "warnings": list(bundle.warnings),
         "tasks": {
             task: {"relative_error": entry.relative_error, "bytes": entry.file.bytes}
             for task, entry in sorted(entries.items())

@@ -84,12 +84,14 @@ def container_bytes(extras: Mapping[str, Mapping[str, Tensor]]) -> int:
 class Bundle:
     """A merged set of adapters: one shared part, one head per task, whole-layer extras.
 
-    Made by :func:`hydraopt.merge` or :meth:`load`.
+    Made by :func:`hydraopt.merge` or :meth:`load`. ``warnings`` is what the merge has to say about the result, for
+    people; it is not stored.
     """
 
-    def __init__(self, manifest: Manifest, contents: BundleContents) -> None:
+    def __init__(self, manifest: Manifest, contents: BundleContents, warnings: tuple[str, ...] = ()) -> None:
         self.manifest = manifest
         self.contents = contents
+        self.warnings = warnings
 
     def __repr__(self) -> str:
         return f"Bundle({self.id[:12]}, {len(self.task_names)} tasks, storage_ratio={self.storage_ratio:.4f})"
@@ -171,6 +173,15 @@ class Bundle:
         shared = Reader(self.contents.shared, self.dtype)
         bits = self.manifest.precisions
         return [(module, shared.take(shared_blocks(module, bits))) for module in self.manifest.modules]
+
+    def shared_bytes(self) -> dict[str, Tensor]:
+        """What all tasks share, per module, as bytes: views of the shared file's flat tensor."""
+        parts, start = {}, 0
+        for module in self.manifest.modules:
+            end = start + sum(block.bytes for block in shared_blocks(module, self.manifest.precisions))
+            parts[module.name] = self.contents.shared[start:end]
+            start = end
+        return parts
 
     def shared_rows(self) -> dict[str, Tensor]:
         """A' (q, d_in) of every module that has one, as read back: the last factor of every task's update."""

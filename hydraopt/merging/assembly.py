@@ -29,6 +29,7 @@ from hydraopt.merging.recipe import SOLVER_VERSION, Recipe
 _DIGEST_LENGTH = 64
 _LONGEST_ERROR = 0.12345678  # errors are rounded to eight digits: none is longer
 _LARGEST_FILE = 10**9
+_UNKNOWN_FILE = FileEntry(sha256="0" * _DIGEST_LENGTH, bytes=_LARGEST_FILE)
 
 
 @dataclass
@@ -110,12 +111,14 @@ class Assembly:
         return self._container_bytes(self.entries(choices))
 
     def _container_bytes(self, entries: Sequence[ModuleEntry]) -> int:
-        file = FileEntry(sha256="0" * _DIGEST_LENGTH, bytes=_LARGEST_FILE)
-        tasks = {
-            task: self._task_entry(task, "0" * _DIGEST_LENGTH, file, _LONGEST_ERROR) for task in self.tasks
-        }
+        file, tasks = _UNKNOWN_FILE, self.unknown_task_entries()
         manifest = self._manifest(entries, file, tasks, _LONGEST_ERROR)
         return len(manifest.canonical()) + container_bytes(self.extras)
+
+    def unknown_task_entries(self) -> dict[str, TaskEntry]:
+        """Entries as long as any: of files that do not exist yet."""
+        digest = "0" * _DIGEST_LENGTH
+        return {task: self._task_entry(task, digest, _UNKNOWN_FILE, _LONGEST_ERROR) for task in self.tasks}
 
     def entries(self, choices: Sequence[Choice]) -> list[ModuleEntry]:
         """The manifest's entry of every module."""
@@ -204,20 +207,33 @@ class Assembly:
             stored: The modules, in the same order; taken one at a time.
             digests: Of the adapters; asked for last.
         """
-        shared, heads, errors = self._flats(entries, stored)
+        shared, heads, errors = self.flats(entries, stored)
         contents = BundleContents(shared, heads, self.extras)
-        tasks = {
+        tasks = self.task_entries(contents, errors, digests)
+        manifest = self._manifest(entries, describe(contents.encode_shared()), tasks, errors.mean(self.tasks))
+        return Bundle(manifest, contents)
+
+    def task_entries(
+        self, contents: BundleContents, errors: Errors, digests: Mapping[str, str]
+    ) -> dict[str, TaskEntry]:
+        """What the manifest says of each task.
+
+        Args:
+            contents: Holds the tasks' heads and extras.
+            errors: Of the tasks.
+            digests: Of the adapters.
+        """
+        return {
             task: self._task_entry(
                 task, digests[task], describe(contents.encode_task(task)), errors.relative(task)
             )
             for task in self.tasks
         }
-        manifest = self._manifest(entries, describe(contents.encode_shared()), tasks, errors.mean(self.tasks))
-        return Bundle(manifest, contents)
 
-    def _flats(
+    def flats(
         self, entries: Sequence[ModuleEntry], stored: Iterable[StoredModule]
     ) -> tuple[Tensor, dict[str, Tensor], Errors]:
+        """The shared part, the tasks' heads, each as a flat tensor of bytes, and the tasks' errors."""
         bits = self.recipe.precisions
         shared = _Flat(block.bytes for entry in entries for block in shared_blocks(entry, bits))
         heads = {

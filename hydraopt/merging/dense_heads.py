@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hydraopt.merging.basis import Basis
-from hydraopt.merging.option import LEFT_OUT, Floats, Levels, Option, Part, Rates, StoredModule
+from hydraopt.merging.option import LEFT_OUT, Floats, Ints, Levels, Option, Part, Rates, StoredModule
 from hydraopt.merging.problem import ModuleProblem, Projected
 from hydraopt.merging.refit import stored_module
 from hydraopt.merging.shared_a import SharedRows, store_rows
@@ -35,11 +35,22 @@ class DenseHeads:
     def build(
         self, problem: ModuleProblem, levels: Levels, bits: Sequence[int], dtype: torch.dtype
     ) -> StoredModule:
-        """Round ``A'``, fit the heads to the rounded one, average them over groups, round them."""
+        """Round ``A'``, then fit the heads to the rounded one."""
         shared = store_rows(problem, self.rows[: self.rank], levels.shared[0], bits, dtype)
+        return self.fit_heads(problem, shared, levels.heads, bits, dtype)
+
+    def fit_heads(
+        self,
+        problem: ModuleProblem,
+        shared: SharedRows,
+        levels: Ints,
+        bits: Sequence[int],
+        dtype: torch.dtype,
+    ) -> StoredModule:
+        """Fit the heads to the rows as stored, average them over groups, round them."""
         heads = self._fitted(problem, shared)  # (H, q, d_out)
         stored: list[list[Tensor]] = [[] for _ in range(len(heads))]
-        for head, level in enumerate(levels.heads[:, 0].tolist()):
+        for head, level in enumerate(levels[:, 0].tolist()):
             if level == LEFT_OUT:
                 heads[head] = 0
                 continue

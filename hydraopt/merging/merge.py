@@ -12,6 +12,8 @@ from hydraopt.adapters import Adapter, read_adapter
 from hydraopt.adapters.together import check_kinds
 from hydraopt.bundle.contents import Bundle
 from hydraopt.errors import AdapterMismatchError, BudgetError
+from hydraopt.merging.former import kept_settings
+from hydraopt.merging.keep_shared import KeepingRun
 from hydraopt.merging.recipe import Recipe
 from hydraopt.merging.run import MergeRun, Progress
 from hydraopt.names import check_task_name
@@ -22,14 +24,15 @@ def merge(
     *,
     budget: float | None = None,
     max_error: float | None = None,
-    method: str = "hydraopt",
+    method: str | None = None,
     heads: int | None = None,
     rank: int | None = None,
-    bits: int | str = "auto",
+    bits: int | str | None = None,
     weights: Mapping[str, float] | None = None,
-    dtype: str = "bfloat16",
+    dtype: str | None = None,
     device: str = "auto",
-    seed: int = 0,
+    seed: int | None = None,
+    keep_shared: Bundle | Path | str | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
     """Merge the adapters of one base model into a bundle.
@@ -44,43 +47,61 @@ def merge(
             for the 16-bit dtypes), in (0, 1]. 1 keeps every direction of every adapter. Default 0.25 unless
             ``max_error`` or ``rank`` is given.
         max_error: Instead of a budget: the largest relative Frobenius error |dW - merged| / |dW| over all tasks.
-        method: ``hydraopt`` (adaptive), ``paper`` (one A' and dense heads at one rank), ``separate``, ``two-sided``.
+        method: ``hydraopt`` (adaptive; the default), ``paper`` (one A' and dense heads at one rank), ``separate``,
+            ``two-sided``.
         heads: For ``paper``: number of dense heads; one per task is supported.
         rank: For ``paper``: rows of A'; for ``separate``: directions per task. Instead of a budget.
-        bits: Bits per stored number: 16, 8, 6, 4, 3 or 2; ``auto`` trades them against ranks, vector by vector,
-            for the methods a budget adapts, and is 16 for the others.
+        bits: Bits per stored number: 16, 8, 6, 4, 3 or 2; ``auto`` (the default) trades them against ranks, vector
+            by vector, for the methods a budget adapts, and is 16 for the others.
         weights: Relative weight of a task's error; 1 for those not named.
-        dtype: Float dtype of what is stored in 16 bits: ``bfloat16`` or ``float16``; ``float32`` stores everything so.
+        dtype: Float dtype of what is stored in 16 bits: ``bfloat16`` (the default) or ``float16``; ``float32`` stores
+            everything so.
         device: ``auto``, ``cpu`` or ``cuda``.
         seed: Seed of random choices; the present methods make none that could change a result.
+        keep_shared: A former bundle whose shared part, and the files of whose unchanged tasks, are kept byte for byte,
+            so that a device fetches the files of changed tasks alone; see :mod:`hydraopt.merging.keep_shared`. All
+            settings but ``budget`` and ``weights`` are the former ones. ``warnings`` of the result says where a changed
+            task fits the former shared part badly.
         progress: Called with (done, total, what).
 
     Raises:
-        AdapterMismatchError: If the adapters belong to different base models or disagree about a module.
+        AdapterMismatchError: If the adapters belong to different base models or disagree about a module, or with the
+            bundle that is kept.
+        BundleError: If the bundle that is kept is damaged, or was made with other settings than are asked for.
         BudgetError: If the budget, error or rank cannot be met.
         AdapterFormatError: If an adapter cannot be read exactly.
     """
-    if budget is None and max_error is None and rank is None:
-        budget = 0.25
-    recipe = make_recipe(
-        method=method,
-        budget=budget,
-        max_error=max_error,
-        heads=heads,
-        rank=rank,
-        bits=bits,
-        weights=dict(weights or {}),
-        dtype=dtype,
-        seed=seed,
-    )
+    given: dict[str, object] = {
+        "method": method,
+        "budget": budget,
+        "max_error": max_error,
+        "heads": heads,
+        "rank": rank,
+        "bits": bits,
+        "weights": None if weights is None else dict(weights),
+        "dtype": dtype,
+        "seed": seed,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
     opened = {check_task_name(task): open_adapter(adapters[task]) for task in sorted(adapters)}
     check_set(opened)
+    former = (
+        keep_shared if keep_shared is None or isinstance(keep_shared, Bundle) else Bundle.load(keep_shared)
+    )
+    if former is not None:
+        given = kept_settings(former, given, opened)
+    elif not given.keys() & {"budget", "max_error", "rank"}:
+        given["budget"] = 0.25
+    recipe = make_recipe(**given)
     check_weights(recipe, opened)
+    where, report = find_device(device), progress or silent
+    if former is not None:
+        return KeepingRun(former, opened, recipe, device=where, progress=report).run()
     if recipe.heads is not None and recipe.heads != len(opened):
         raise BudgetError(
             f"heads={recipe.heads} is not supported: `paper` stores one dense head per task, here {len(opened)}"
         )
-    return MergeRun(opened, recipe, find_device(device), progress or silent).run()
+    return MergeRun(opened, recipe, where, report).run()
 
 
 def make_recipe(**settings: object) -> Recipe:

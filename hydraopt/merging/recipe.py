@@ -20,6 +20,11 @@ Bits = Literal["auto", 32, 16, 8, 6, 4, 3, 2]
 StoredDtype = Literal["bfloat16", "float16", "float32"]
 
 
+MADE_FROM = frozenset({"shared_from", "calibration"})
+"""Fields that a merge fills in: what it was made from beside the adapters."""
+
+_DIGEST = r"^[0-9a-f]{64}$"
+
 ADAPTIVE = ("hydraopt", "separate", "two-sided")
 """Methods whose ranks and precisions the budget chooses vector by vector."""
 
@@ -54,6 +59,14 @@ class Recipe(BaseModel):
     )
     dtype: StoredDtype = Field("bfloat16", description="Float dtype of what is stored in 16 or 32 bits.")
     seed: int = Field(0, ge=0, description="Seed of every random choice.")
+    shared_from: str | None = Field(
+        None, pattern=_DIGEST, description="Id of the bundle whose shared part was kept; set by the merge."
+    )
+    calibration: str | None = Field(
+        None,
+        pattern=_DIGEST,
+        description="Digest of the calibration data, if there was any; set by the merge.",
+    )
 
     @field_validator("weights")
     @classmethod
@@ -117,7 +130,7 @@ def set_fingerprint(
             "base_model": base_model,
             "revision": revision,
             "adapters": dict(adapters),
-            "recipe": recipe.model_dump(mode="json"),
+            "recipe": recipe.model_dump(mode="json", exclude_none=True),
         },
         sort_keys=True,
         separators=(",", ":"),

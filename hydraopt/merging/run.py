@@ -44,7 +44,7 @@ Result = TypeVar("Result")
 Progress = Callable[[int, int, str], None]
 """Called with (done, total, what)."""
 
-_TINY = 1e-280  # squared norms below it are zero: their inverse would overflow
+TINY = 1e-280  # squared norms below it are zero: their inverse would overflow
 _FEW_MODULES = 48
 _FILLINGS = 4
 
@@ -103,13 +103,7 @@ class MergeRun:
     def _module_spectra(self, name: str) -> dict[str, Floats]:
         weights = dict.fromkeys(self.tasks, 1.0)
         problem = load_module(name, self.adapters, weights, self.device, self.metrics.get(name))
-        if not bool(torch.isfinite(problem.norms).all()):
-            for adapter in self.adapters.values():
-                if name in adapter.modules:
-                    adapter.factors(name)  # names the tensor that is not finite
-            raise BudgetError(
-                f"module {name!r}: its updates are too large to be squared in {problem.ups.dtype}"
-            )
+        check_finite(problem, self.adapters)
         return dict(zip(problem.tasks, separate.spectra(problem), strict=True))
 
     @cached_property
@@ -123,7 +117,7 @@ class MergeRun:
             for task, spectrum in module.items():
                 norms[task] += float(spectrum.sum())
         relative = self.recipe.weights
-        return {task: relative.get(task, 1.0) / norm if norm > _TINY else 0.0 for task, norm in norms.items()}
+        return {task: relative.get(task, 1.0) / norm if norm > TINY else 0.0 for task, norm in norms.items()}
 
     @cached_property
     def total_weight(self) -> float:
@@ -343,6 +337,22 @@ class MergeRun:
                 self.progress(done, len(items), what)
                 yield result
         self.progress(len(items), len(items), what)
+
+
+def check_finite(problem: ModuleProblem, adapters: Mapping[str, Adapter]) -> None:
+    """Refuse updates whose norm is no number.
+
+    Raises:
+        AdapterFormatError: If a tensor holds NaN or infinite values.
+        BudgetError: If the updates are too large for the work dtype.
+    """
+    if bool(torch.isfinite(problem.norms).all()):
+        return
+    for task in problem.tasks:
+        adapters[task].factors(problem.name)  # names the tensor that is not finite
+    raise BudgetError(
+        f"module {problem.name!r}: its updates are too large to be squared in {problem.ups.dtype}"
+    )
 
 
 def check_range(module: str, dtype: torch.dtype, stored: StoredModule) -> None:

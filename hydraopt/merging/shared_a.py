@@ -49,7 +49,17 @@ def store_rows(
 ) -> SharedRows:
     """Round a shared factor first: whatever is fitted to the rounded one makes up for most of its rounding."""
     stored, decoded = encode_ragged(rows[None].to(problem.downs.dtype), levels[None], bits, dtype)
-    rows = decoded[0]
+    return stored_rows(problem, stored[0], decoded[0])
+
+
+def stored_rows(problem: ModuleProblem, blocks: list[Tensor], rows: Tensor) -> SharedRows:
+    """What fitting to rows needs that are stored as they are.
+
+    Args:
+        problem: The module.
+        blocks: Their bytes.
+        rows: (q, d_in): what the bytes decode to, in the work dtype.
+    """
     measured = rows if problem.metric is None else rows @ problem.metric
     gram = (rows @ rows.mT).double()
     measured_gram = (rows @ measured.mT).double()
@@ -58,7 +68,26 @@ def store_rows(
     cross = (problem.downs @ rows.mT).double()
     measured_cross = cross if problem.metric is None else (problem.measured_downs @ rows.mT).double()
     lower = torch.linalg.cholesky(measured_gram + jitter)
-    return SharedRows(stored[0], rows, gram, measured_gram, lower, cross, measured_cross)
+    return SharedRows(blocks, rows, gram, measured_gram, lower, cross, measured_cross)
+
+
+def fit_heads(
+    problem: ModuleProblem, shared: SharedRows, levels: Ints, bits: Sequence[int], dtype: torch.dtype
+) -> StoredModule:
+    """Truncate the heads in the span of the rows, round ``U``, fit ``C`` to it and to the rows, round ``C``."""
+    kept = levels != LEFT_OUT
+    width = int(kept.sum(axis=1).max(initial=0))
+    coordinates = problem.cores @ shared.whitened(shared.measured_cross)
+    vectors, root = principal_directions(coordinates @ coordinates.mT, width)
+    ups = left_directions(problem, vectors * root[:, None, :])
+    stored_ups, ups = encode_ragged(ups, levels[:, :width], bits, dtype)
+    up_cross, up_gram = (ups @ problem.ups).mT.double(), (ups @ ups.mT).double()
+    # C minimises |dW_k - U^T C A'|: (U U^T) C (A' C A'^T) = U B_k A_k C A'^T
+    solved = masked_solve(up_gram, up_cross.mT @ shared.measured_cross, kept[:, :width])
+    fine = [core_bits(one) for one in bits]
+    stored_inner, inner = encode_ragged(shared.fit(solved), levels[:, :width], fine, dtype)
+    heads = Projected(up_cross, up_gram, shared.cross @ inner.mT, inner @ shared.gram @ inner.mT)
+    return stored_module(problem, shared.blocks, [stored_ups, stored_inner], heads)
 
 
 @dataclass(frozen=True)
@@ -71,21 +100,9 @@ class SharedA:
     def build(
         self, problem: ModuleProblem, levels: Levels, bits: Sequence[int], dtype: torch.dtype
     ) -> StoredModule:
-        """Round ``A'``, truncate the heads in its span, round ``U``, fit ``C`` to both, round ``C``."""
-        kept = levels.heads != LEFT_OUT
-        width = int(kept.sum(axis=1).max(initial=0))
+        """Round ``A'``, then fit the heads to the rounded one."""
         shared = store_rows(problem, self.rows[: self.rank], levels.shared[0], bits, dtype)
-        coordinates = problem.cores @ shared.whitened(shared.measured_cross)
-        vectors, root = principal_directions(coordinates @ coordinates.mT, width)
-        ups = left_directions(problem, vectors * root[:, None, :])
-        stored_ups, ups = encode_ragged(ups, levels.heads[:, :width], bits, dtype)
-        up_cross, up_gram = (ups @ problem.ups).mT.double(), (ups @ ups.mT).double()
-        # C minimises |dW_k - U^T C A'|: (U U^T) C (A' C A'^T) = U B_k A_k C A'^T
-        solved = masked_solve(up_gram, up_cross.mT @ shared.measured_cross, kept[:, :width])
-        fine = [core_bits(one) for one in bits]
-        stored_inner, inner = encode_ragged(shared.fit(solved), levels.heads[:, :width], fine, dtype)
-        heads = Projected(up_cross, up_gram, shared.cross @ inner.mT, inner @ shared.gram @ inner.mT)
-        return stored_module(problem, shared.blocks, [stored_ups, stored_inner], heads)
+        return fit_heads(problem, shared, levels.heads, bits, dtype)
 
 
 def options(problem: ModuleProblem, basis: Basis, ranks: Sequence[int], bits: Sequence[int]) -> list[Option]:

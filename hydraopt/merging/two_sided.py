@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from hydraopt.merging.basis import Basis
-from hydraopt.merging.option import LEFT_OUT, Levels, Option, Part, Rates, StoredModule
+from hydraopt.merging.option import LEFT_OUT, Ints, Levels, Option, Part, Rates, StoredModule
 from hydraopt.merging.problem import ModuleProblem, Projected, principal_directions
 from hydraopt.merging.refit import masked_solve, stored_module
-from hydraopt.merging.shared_a import projected_grams, store_rows
+from hydraopt.merging.shared_a import SharedRows, projected_grams, store_rows
 from hydraopt.precision import core_bits, encode_ragged
 
 NAME = "two-sided"
@@ -34,24 +34,41 @@ class TwoSided:
     def build(
         self, problem: ModuleProblem, levels: Levels, bits: Sequence[int], dtype: torch.dtype
     ) -> StoredModule:
-        """Round both shared factors, truncate the cores between them, round ``X``, fit ``Y``, round ``Y``."""
-        kept = levels.heads != LEFT_OUT
-        width = int(kept.sum(axis=1).max(initial=0))
+        """Round both shared factors, then fit the cores between the rounded ones."""
         inputs = store_rows(problem, self.inputs[: self.rank], levels.shared[0], bits, dtype)
         outputs = store_rows(problem.mirror(), self.outputs[: self.rank], levels.shared[1], bits, dtype)
-        # whitened core: L_out^-1 (B' B_k) (A_k A'^T) L_in^-T
-        core = outputs.whitened(outputs.cross).mT @ inputs.whitened(inputs.cross)
-        vectors, root = principal_directions(core @ core.mT, width)
-        left = torch.linalg.solve_triangular(
-            outputs.lower.mT, vectors * root[:, None, :], upper=True
-        ).mT  # X: (K, p, q')
-        stored_left, left = encode_ragged(left.contiguous(), levels.heads[:, :width], bits, dtype)
-        up_cross, up_gram = outputs.cross @ left.mT, left @ outputs.gram @ left.mT
-        solved = masked_solve(up_gram, up_cross.mT @ inputs.cross, kept[:, :width])
-        fine = [core_bits(one) for one in bits]
-        stored_right, right = encode_ragged(inputs.fit(solved), levels.heads[:, :width], fine, dtype)
-        heads = Projected(up_cross, up_gram, inputs.cross @ right.mT, right @ inputs.gram @ right.mT)
-        return stored_module(problem, inputs.blocks + outputs.blocks, [stored_left, stored_right], heads)
+        return fit_cores(problem, inputs, outputs, levels.heads, bits=bits, dtype=dtype)
+
+
+def whitened_core(inputs: SharedRows, outputs: SharedRows) -> Tensor:
+    """``L_out^-1 (B' B_k) (A_k A'^T) L_in^-T`` (K, q', q), float64: what the shared factors hold of each task."""
+    return outputs.whitened(outputs.cross).mT @ inputs.whitened(inputs.cross)
+
+
+def fit_cores(
+    problem: ModuleProblem,
+    inputs: SharedRows,
+    outputs: SharedRows,
+    levels: Ints,
+    *,
+    bits: Sequence[int],
+    dtype: torch.dtype,
+) -> StoredModule:
+    """Truncate the cores between the shared factors, round ``X``, fit ``Y``, round ``Y``."""
+    kept = levels != LEFT_OUT
+    width = int(kept.sum(axis=1).max(initial=0))
+    core = whitened_core(inputs, outputs)
+    vectors, root = principal_directions(core @ core.mT, width)
+    left = torch.linalg.solve_triangular(
+        outputs.lower.mT, vectors * root[:, None, :], upper=True
+    ).mT  # X: (K, p, q')
+    stored_left, left = encode_ragged(left.contiguous(), levels[:, :width], bits, dtype)
+    up_cross, up_gram = outputs.cross @ left.mT, left @ outputs.gram @ left.mT
+    solved = masked_solve(up_gram, up_cross.mT @ inputs.cross, kept[:, :width])
+    fine = [core_bits(one) for one in bits]
+    stored_right, right = encode_ragged(inputs.fit(solved), levels[:, :width], fine, dtype)
+    heads = Projected(up_cross, up_gram, inputs.cross @ right.mT, right @ inputs.gram @ right.mT)
+    return stored_module(problem, inputs.blocks + outputs.blocks, [stored_left, stored_right], heads)
 
 
 def options(

@@ -5,7 +5,7 @@
 
 Each merge runs as a process of its own, as `hydraopt merge` does for a user, so its peak memory is its own. Beside
 it, in the same run, stands the floor: reading every byte of the same files once. Quote the ratio; absolute times are
-the machine's.
+the machine's. After each full merge by `hydraopt` one adapter is exchanged and merged again onto its shared part.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -30,15 +31,23 @@ from rich.table import Table
 def main() -> None:
     """Measure and print a table."""
     arguments = _arguments()
+    keeping = f"keep-shared, one of {arguments.count} changed"
     with tempfile.TemporaryDirectory(prefix="hydraopt-bench-") as temporary:
         folder = arguments.folder or Path(temporary)
-        adapters = write_adapters(arguments.model, arguments.count, arguments.rank, folder / arguments.model)
-        rows = [
-            _measure(adapters, method, arguments.budget, Path(temporary) / "bundle")
-            for method in track(arguments.method * arguments.runs, description="merge")
-        ]
+        *adapters, other = write_adapters(
+            arguments.model, arguments.count + 1, arguments.rank, folder / arguments.model
+        )
+        changed = [f"{adapters[0].name}={other}", *map(str, adapters[1:])]
+        rows = []
+        for method in track(arguments.method * arguments.runs, description="merge"):
+            bundle = Path(temporary) / f"bundle-{method}"
+            how = ["--method", method, "--budget", str(arguments.budget)]
+            rows.append({"method": method, **_measure(adapters, map(str, adapters), how, bundle)})
+            if method == "hydraopt":
+                kept = _measure([other, *adapters[1:]], changed, ["--keep-shared", str(bundle)], bundle)
+                rows.append({"method": keeping, **kept, "full": rows[-1]["seconds"]})
     table = Table("method", "storage", "relative error", "seconds", "read floor, s", "ratio", "peak RSS, GiB")
-    for method in arguments.method:
+    for method in dict.fromkeys(row["method"] for row in rows):
         own = [row for row in rows if row["method"] == method]
         middle = {key: statistics.median(row[key] for row in own) for key in own[0] if key != "method"}
         table.add_row(
@@ -55,6 +64,12 @@ def main() -> None:
         f"{arguments.count} adapters, shapes of {arguments.model}, rank {arguments.rank}, bf16; {_machine()}"
     )
     console.print(table)
+    shares = [100 * row["seconds"] / row["full"] for row in rows if "full" in row]
+    if shares:
+        each = ", ".join(f"{share:.1f}" for share in shares)
+        console.print(
+            f"{keeping}: {statistics.median(shares):.1f} % of the full merge just before it ({each})"
+        )
 
 
 def _arguments() -> argparse.Namespace:
@@ -73,29 +88,20 @@ def _arguments() -> argparse.Namespace:
     return arguments
 
 
-def _measure(adapters: list[Path], method: str, budget: float, out: Path) -> dict[str, float | str]:
+def _measure(
+    adapters: list[Path], arguments: Iterable[str], options: list[str], out: Path
+) -> dict[str, float | str]:
     start = time.perf_counter()
     for adapter in adapters:
         with (adapter / "adapter_model.safetensors").open("rb", buffering=0) as file:
             while file.read(1 << 24):
                 pass
     floor = time.perf_counter() - start
-    command = [
-        sys.executable,
-        "-m",
-        "flows.command_line",
-        "merge",
-        *map(str, adapters),
-        "--out",
-        str(out),
-        "--json",
-    ]
-    run = subprocess.run(
-        [*command, "--method", method, "--budget", str(budget)], check=True, capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", "flows.command_line", "merge", *arguments, "--out", str(out), "--json"]
+    run = subprocess.run([*command, *options], check=True, capture_output=True, text=True)
     result = json.loads(run.stdout)
     kept = ("storage_ratio", "relative_error", "seconds", "peak_rss_bytes")
-    return {"method": method, "floor": floor, **{key: result[key] for key in kept}}
+    return {"floor": floor, **{key: result[key] for key in kept}}
 
 
 def _machine() -> str:

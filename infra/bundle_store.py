@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import hydraopt
-from hydraopt.bundle.contents import parse_manifest
 from hydraopt.bundle.layout import MANIFEST_FILE, Manifest
+from hydraopt.bundle.manifest_file import parse_manifest
 from hydraopt.errors import BundleError, RecordError
 from hydraopt.names import check_name
 from infra.blobs import BlobRef

@@ -18,8 +18,8 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field
 
 import hydraopt
-from hydraopt.bundle.contents import parse_manifest
 from hydraopt.bundle.layout import MANIFEST_FILE, FileEntry
+from hydraopt.bundle.manifest_file import parse_manifest
 from hydraopt.errors import HydraoptError, RecordError, ServiceError
 from infra.approvals import read_sign_off
 from infra.approvers import Approvers

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,18 +12,15 @@ from typing import TYPE_CHECKING, Self
 
 import safetensors.torch
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from hydraopt.adapters.tensor_file import TensorFile
+from hydraopt.bundle.chains import chain_of, links_of
 from hydraopt.bundle.layout import (
     FACTORS_TENSOR,
-    FAMILIES,
     MANIFEST_FILE,
-    SCHEMA,
     SHARED_FILE,
     SHARED_TENSOR,
-    Counts,
     FileEntry,
     Manifest,
     ModuleEntry,
@@ -33,16 +28,15 @@ from hydraopt.bundle.layout import (
     shared_blocks,
     task_file,
 )
+from hydraopt.bundle.manifest_file import read_manifest
 from hydraopt.bundle.stored_rows import Link, Reader, StoredRows
-from hydraopt.errors import BundleError, HydraoptError
-from hydraopt.names import check_task_name
-from hydraopt.precision import PRECISIONS
+from hydraopt.bundle.whole_folder import write_file
+from hydraopt.errors import BundleError
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-_MAX_MANIFEST_BYTES = 100_000_000
 _DIGITS_SLACK = 24  # a header gives the length and offsets of the factors in decimal
 
 
@@ -137,7 +131,7 @@ class Bundle:
         for module, own, common in self._stored(task):
             counts = module.heads[self._index(task)]
             if counts is not None:
-                chains[module.name] = _chain(
+                chains[module.name] = chain_of(
                     module, counts, [one.read() for one in own], [one.read() for one in common]
                 )
         return chains
@@ -154,7 +148,7 @@ class Bundle:
         found = {}
         for module, own, common in self._stored(task):
             if any(module.heads[self._index(task)] or ()):
-                found[module.name] = _links(module.family, own, common)
+                found[module.name] = links_of(module.family, own, common)
         return found
 
     def _stored(self, task: str) -> Iterator[tuple[ModuleEntry, list[StoredRows], list[StoredRows]]]:
@@ -218,10 +212,10 @@ class Bundle:
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
             fresh = Path(temporary) / "new"
             (fresh / "tasks").mkdir(parents=True)
-            _write(fresh / SHARED_FILE, self.contents.encode_shared())
+            write_file(fresh / SHARED_FILE, self.contents.encode_shared())
             for task in self.task_names:
-                _write(fresh / task_file(task), self.contents.encode_task(task))
-            _write(fresh / MANIFEST_FILE, self.manifest.canonical())
+                write_file(fresh / task_file(task), self.contents.encode_task(task))
+            write_file(fresh / MANIFEST_FILE, self.manifest.canonical())
             if path.exists():  # a folder cannot replace a non-empty one: move the old one aside first
                 path.rename(Path(temporary) / "old")
             fresh.rename(path)
@@ -295,82 +289,6 @@ def _floats(bundle: Bundle) -> Iterator[tuple[str, Tensor]]:
                 yield f"{task_file(task)}:{name}", extra
 
 
-def read_manifest(path: Path) -> Manifest:
-    """Read and check ``manifest.json`` alone.
-
-    Raises:
-        BundleError: If it is missing, not canonical, contradicts itself, or was written by a newer version.
-    """
-    file = path / MANIFEST_FILE
-    if not file.is_file():
-        raise BundleError(f"{path}: not a bundle: {MANIFEST_FILE} is missing")
-    if file.stat().st_size > _MAX_MANIFEST_BYTES:
-        raise BundleError(f"{file}: {file.stat().st_size} bytes is no manifest")
-    return parse_manifest(file.read_bytes(), str(file))
-
-
-def parse_manifest(data: bytes, where: str) -> Manifest:
-    """A manifest from its bytes; ``where`` is named in errors.
-
-    Raises:
-        BundleError: As for :func:`read_manifest`.
-    """
-    try:
-        manifest = Manifest.model_validate_json(data)
-    except ValidationError as reason:
-        first = reason.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise BundleError(
-            f"{where}: not a manifest this version can read: {place}: {first['msg']}"
-        ) from reason
-    if manifest.schema_version != SCHEMA:
-        raise BundleError(
-            f"{where}: schema {manifest.schema_version}; this version reads {SCHEMA}. Update hydraopt."
-        )
-    for task in manifest.tasks:
-        _checked_name(task, where)
-    if manifest.canonical() != data:
-        raise BundleError(
-            f"{where}: the bytes are not the canonical form hydraopt writes; the file was changed"
-        )
-    if unknown := sorted(set(manifest.precisions) - set(PRECISIONS)):
-        raise BundleError(f"{where}: precision of {unknown[0]} bits is not known. Update hydraopt.")
-    for module in manifest.modules:
-        _check_module(where, module, manifest)
-    return manifest
-
-
-def _checked_name(task: str, where: str) -> None:
-    try:
-        check_task_name(task)
-    except HydraoptError as reason:
-        raise BundleError(f"{where}: {reason}") from reason
-
-
-def _check_module(where: str, module: ModuleEntry, manifest: Manifest) -> None:
-    if module.family not in FAMILIES:
-        raise BundleError(
-            f"{where}: module {module.name!r} has the unknown family {module.family!r}. Update hydraopt."
-        )
-    tasks, parts = len(manifest.tasks), {"separate": 0, "two-sided": 2}.get(module.family, 1)
-    counts = [*module.shared, *(one for one in module.heads if one is not None)]
-    sound = (
-        len(module.heads) == tasks
-        and len(module.shared) == parts
-        and len(module.groups) in {0, tasks}
-        and min(module.shape) >= 1
-        and all(len(one) <= len(manifest.precisions) and min(one, default=0) >= 0 for one in counts)
-        and (module.family == "dense-heads" or not module.groups)
-        and all(-1 <= group < tasks for group in module.groups)
-        and {group for group in module.groups if group >= 0} == set(range(max(module.groups, default=-1) + 1))
-    )
-    if not sound:
-        raise BundleError(
-            f"{where}: module {module.name!r} has shape {module.shape}, shared counts {module.shared}, head counts "
-            f"{module.heads} and groups {module.groups}, which do not fit {module.family!r} with {tasks} tasks"
-        )
-
-
 def _read_file(path: Path, name: str, entry: FileEntry) -> dict[str, Tensor]:
     file = path / name
     if not file.is_file():
@@ -406,73 +324,3 @@ def _check_sizes(path: Path, manifest: Manifest, contents: BundleContents) -> No
                 f"{path}: {name} holds {tensor.dtype} of shape {list(tensor.shape)}, but the manifest calls for "
                 f"{length} bytes"
             )
-
-
-def _chain(
-    module: ModuleEntry, counts: Counts, own: list[Tensor], common: list[Tensor]
-) -> tuple[Tensor, ...]:
-    """The stored vectors as matrices whose product is the update; see the table in ``layout``."""
-    d_out, d_in = module.shape
-    if not any(counts):
-        dtype = own[0].dtype if own else torch.float32
-        return torch.empty(d_out, 0, dtype=dtype), torch.empty(0, d_in, dtype=dtype)
-    if module.family == "separate":
-        return own[0].mT, own[1]
-    if module.family == "shared-a":
-        return own[0].mT, own[1], common[0]
-    if module.family == "shared-b":
-        return common[0].mT, own[1].mT, own[0]
-    if module.family == "two-sided":
-        return common[1].mT, own[0].float().mT @ own[1].float(), common[0]
-    return own[0].mT, common[0]
-
-
-def _links(family: str, own: list[StoredRows], common: list[StoredRows]) -> tuple[Link, ...]:
-    """The same from right to left, as an input meets it."""
-    order = {
-        "separate": lambda: [(own[1], False), (own[0], True)],
-        "shared-a": lambda: [(common[0], False), (own[1], False), (own[0], True)],
-        "shared-b": lambda: [(own[0], False), (own[1], True), (common[0], True)],
-        "two-sided": lambda: [(common[0], False), (own[1], False), (own[0], True), (common[1], True)],
-        "dense-heads": lambda: [(common[0], False), (own[0], True)],
-    }[family]()
-    return tuple(Link(rows, up) for rows, up in order)
-
-
-def _write(file: Path, data: bytes) -> None:
-    with file.open("wb") as handle:
-        handle.write(data)
-        handle.flush()
-        os.fsync(handle.fileno())
-
-
-def write_folder(folder: Path, files: Mapping[str, bytes]) -> Path:
-    """Write a folder of small files whole or not at all, replacing a former one of the same file names.
-
-    Raises:
-        BundleError: If ``folder`` holds anything else.
-    """
-    if folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - set(files)):
-        raise BundleError(f"{folder}: exists and holds something else; choose another place")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
-        fresh = Path(temporary) / "new"
-        fresh.mkdir()
-        for name, data in files.items():
-            _write(fresh / name, data)
-        if folder.exists():
-            shutil.move(folder, Path(temporary) / "old")
-        fresh.rename(folder)
-    return folder
-
-
-__all__ = [
-    "Bundle",
-    "BundleContents",
-    "container_bytes",
-    "describe",
-    "parse_manifest",
-    "read_manifest",
-    "verify",
-    "write_folder",
-]

@@ -13,12 +13,13 @@ import safetensors.torch
 
 from hydraopt.adapters.kinds import PROMPT_KINDS
 from hydraopt.adapters.peft_folder import CONFIG_FILE, TENSOR_FILE
-from hydraopt.bundle.contents import Bundle, write_folder
+from hydraopt.bundle.contents import Bundle
 from hydraopt.bundle.lora_folder import Folder, lora_folder
 from hydraopt.bundle.profiles import find_server
 from hydraopt.bundle.prompt_folder import prompt_folder
 from hydraopt.bundle.server_folder import server_folder
 from hydraopt.bundle.vera_folder import vera_folder
+from hydraopt.bundle.whole_folder import write_folder
 
 
 def export(bundle: Bundle, out: Path, *, task: str | None = None, profile: str = "peft") -> dict[str, Path]:

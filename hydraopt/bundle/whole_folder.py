@@ -1,0 +1,39 @@
+"""Folders that appear whole or not at all, and files that are on the disk when a write returns."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from hydraopt.errors import BundleError
+
+
+def write_file(file: Path, data: bytes) -> None:
+    """Write a file and wait for the disk."""
+    with file.open("wb") as handle:
+        handle.write(data)
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+def write_folder(folder: Path, files: Mapping[str, bytes]) -> Path:
+    """Write a folder of small files whole or not at all, replacing a former one of the same file names.
+
+    Raises:
+        BundleError: If ``folder`` holds anything else.
+    """
+    if folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - set(files)):
+        raise BundleError(f"{folder}: exists and holds something else; choose another place")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+        fresh = Path(temporary) / "new"
+        fresh.mkdir()
+        for name, data in files.items():
+            write_file(fresh / name, data)
+        if folder.exists():
+            shutil.move(folder, Path(temporary) / "old")
+        fresh.rename(folder)
+    return folder

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from hydraopt.bundle import Bundle
 
 _DTYPES = ["bfloat16", "float16", "float32"]
-_METHODS = ["hydraopt", "paper", "separate", "two-sided"]
+_METHODS = ["hydraopt", "paper", "separate", "two-sided", "ta", "ties", "dare", "dare-ties", "gradient"]
 _BITS = ["auto", "16", "8", "6", "4", "3", "2"]
 _DEVICES = ["auto", "cpu", "cuda"]
 
@@ -45,8 +45,23 @@ _DEVICES = ["auto", "cpu", "cuda"]
     help="Keep this bundle's shared part and the files of unchanged tasks, byte for byte.",
 )
 @click.option("--method", type=click.Choice(_METHODS), show_default="hydraopt")
-@click.option("--heads", type=int, help="For paper: number of dense heads; one per task is supported.")
-@click.option("--rank", type=int, help="For paper: rows of A'; for separate: directions per task.")
+@click.option("--heads", type=int, help="For paper, gradient: number of dense heads; default one per task.")
+@click.option(
+    "--rank",
+    type=int,
+    help="For paper, gradient: rows of A'; for separate: directions per task; for ta, ties, dare, dare-ties: of the "
+    "one update, by default the adapters' largest.",
+)
+@click.option(
+    "--on", type=click.Choice(["dw", "factors"]), help="For ta, ties, dare, dare-ties; dw by default."
+)
+@click.option(
+    "--density", type=float, help="Share of entries that stay; ties 0.2, dare and dare-ties 0.5 by default."
+)
+@click.option(
+    "--scale", type=float, help="For ta, ties, dare, dare-ties: multiplies the one update; default 1."
+)
+@click.option("--steps", type=int, help="For gradient: steps of Adam; default 1000.")
 @click.option(
     "--bits",
     type=click.Choice(_BITS),

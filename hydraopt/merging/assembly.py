@@ -136,7 +136,7 @@ class Assembly:
             for present in has:
                 row = next(rows) if present else None
                 if row is not None and option.groups is not None:
-                    row = option.groups[row]
+                    row = option.groups[row] if option.groups[row] >= 0 else None
                 counts.append(None if row is None else choice.counts(choice.levels.heads[row], precisions))
             shared = tuple(choice.counts(levels, precisions) for levels in choice.levels.shared)
             entries.append(self._entry(name, option.family, shared, counts, groups))
@@ -164,6 +164,10 @@ class Assembly:
         """(d_out, d_in) of a module."""
         module = self._module(name)
         return module.d_out, module.d_in
+
+    def ranks(self, name: str) -> list[int]:
+        """Rank of every update of a module."""
+        return [adapter.modules[name].rank for adapter in self.adapters.values() if name in adapter.modules]
 
     def _module(self, name: str) -> AdapterModule:
         return next(adapter.modules[name] for adapter in self.adapters.values() if name in adapter.modules)

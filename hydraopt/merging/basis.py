@@ -62,23 +62,36 @@ def _weighted_cores(problem: ModuleProblem) -> Tensor:
     return problem.cores * problem.weights.sqrt().to(problem.cores.device)[:, None, None]
 
 
-def _by_gram(problem: ModuleProblem, largest: int) -> Basis:
+def stacked_directions(problem: ModuleProblem) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (n,), descending, and eigenvectors (K r, n) of the Gram matrix of the stacked ``sqrt(w_k) T_k``.
+
+    Both in float64; what is rounding noise is left out.
+    """
     tasks, rank, _ = problem.downs.shape
-    stack = problem.downs.flatten(0, 1)
-    gram = (stack @ problem.measured_downs.flatten(0, 1).mT).double()
+    gram = (problem.downs.flatten(0, 1) @ problem.measured_downs.flatten(0, 1).mT).double()
     cores = _weighted_cores(problem)
     half = (cores @ gram.view(tasks, rank, -1)).view(tasks * rank, tasks, rank).transpose(0, 1)  # core G
     full = (half @ cores.mT).transpose(0, 1).reshape(tasks * rank, tasks * rank)  # core G core^T
     values, vectors = torch.linalg.eigh((full + full.mT) / 2)
-    values, vectors = values.flip(-1)[:largest], vectors.flip(-1)[:, :largest]
+    values, vectors = values.flip(-1), vectors.flip(-1)
     noise = 8 * tasks * rank * torch.finfo(problem.downs.dtype).eps
     count = int((values > noise * values[:1].clamp_min(torch.finfo(torch.float64).tiny)).sum())
-    values, vectors = values[:count], vectors[:, :count]
-    combinations = (vectors / values.sqrt()).mT  # of the stacked weighted rows
-    on_stack = (combinations.view(count, tasks, 1, rank) @ cores).flatten(1).to(stack.dtype)
-    rows = on_stack @ stack
-    coordinates = (problem.measured_downs.flatten(0, 1) @ rows.mT).double().view(tasks, rank, count)
-    return Basis(_compact(problem, rows), values, coordinates)
+    return values[:count], vectors[:, :count]
+
+
+def combined_rows(problem: ModuleProblem, combinations: Tensor) -> Tensor:
+    """Combinations (n, K r) of the stacked ``sqrt(w_k) T_k``, in the work dtype: (n, d_in)."""
+    tasks, rank, _ = problem.downs.shape
+    on_stack = (combinations.view(len(combinations), tasks, 1, rank) @ _weighted_cores(problem)).flatten(1)
+    return on_stack.to(problem.downs.dtype) @ problem.downs.flatten(0, 1)
+
+
+def _by_gram(problem: ModuleProblem, largest: int) -> Basis:
+    tasks, rank, _ = problem.downs.shape
+    values, vectors = (part[..., :largest] for part in stacked_directions(problem))
+    rows = combined_rows(problem, (vectors / values.sqrt()).mT)
+    coordinates = (problem.measured_downs.flatten(0, 1) @ rows.mT).double().view(tasks, rank, len(values))
+    return Basis(compact(problem, rows), values, coordinates)
 
 
 def _by_iteration(problem: ModuleProblem, largest: int) -> Basis:
@@ -106,10 +119,10 @@ def _by_iteration(problem: ModuleProblem, largest: int) -> Basis:
     values, rotation = values.flip(-1)[:largest].clamp_min(0), rotation.flip(-1)[:, :largest]
     back = torch.linalg.solve_triangular(lower.mT, rotation, upper=True)  # orthonormal rows = back^T span
     rows = _precise_product(back.mT.to(span.dtype), span)
-    return Basis(_compact(problem, rows), values, projected.double() @ back)
+    return Basis(compact(problem, rows), values, projected.double() @ back)
 
 
-def _compact(problem: ModuleProblem, rows: Tensor) -> Tensor:
+def compact(problem: ModuleProblem, rows: Tensor) -> Tensor:
     """Rows as they are kept until the module is built; they will be rounded at least as much when stored."""
     return rows.bfloat16() if problem.is_bfloat16 else rows
 

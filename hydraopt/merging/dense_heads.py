@@ -8,14 +8,26 @@ weighted mean of theirs, with weight ``sum w_k``: the error is the scatter withi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hydraopt.merging.basis import Basis
-from hydraopt.merging.option import LEFT_OUT, Floats, Ints, Levels, Option, Part, Rates, StoredModule
+from hydraopt.merging.grouping import Grouped
+from hydraopt.merging.option import (
+    LEFT_OUT,
+    Family,
+    Floats,
+    Ints,
+    Levels,
+    Option,
+    Part,
+    Rates,
+    StoredModule,
+)
 from hydraopt.merging.problem import ModuleProblem, Projected
 from hydraopt.merging.refit import stored_module
 from hydraopt.merging.shared_a import SharedRows, store_rows
@@ -30,7 +42,7 @@ class DenseHeads:
 
     rows: Tensor  # (n, d_in), n >= rank
     rank: int
-    groups: tuple[int, ...] | None  # head of each task; None is one each
+    groups: tuple[int, ...] | None  # head of each task, -1 where it changes nothing; None is one each
 
     def build(
         self, problem: ModuleProblem, levels: Levels, bits: Sequence[int], dtype: torch.dtype
@@ -48,23 +60,8 @@ class DenseHeads:
         dtype: torch.dtype,
     ) -> StoredModule:
         """Fit the heads to the rows as stored, average them over groups, round them."""
-        heads = self._fitted(problem, shared)  # (H, q, d_out)
-        stored: list[list[Tensor]] = [[] for _ in range(len(heads))]
-        for head, level in enumerate(levels[:, 0].tolist()):
-            if level == LEFT_OUT:
-                heads[head] = 0
-                continue
-            data, heads[head] = encode(heads[head], bits[level], dtype)
-            stored[head] = [data]
-        of_task = list(range(len(problem.tasks))) if self.groups is None else list(self.groups)
-        ups = heads[of_task]
-        up_cross, up_gram = (ups @ problem.ups).mT.double(), (ups @ ups.mT).double()
-        tasks = len(problem.tasks)
-        projected = Projected(up_cross, up_gram, shared.cross, shared.gram.expand(tasks, -1, -1))
-        if self.groups is None:
-            return stored_module(problem, shared.blocks, [stored], projected)
-        blocks = shared.blocks + [block for head in stored for block in head]
-        return stored_module(problem, blocks, [[[] for _ in problem.tasks]], projected)
+        heads = self._fitted(problem, shared)
+        return stored_heads(problem, shared, heads, groups=self.groups, levels=levels, bits=bits, dtype=dtype)
 
     def _fitted(self, problem: ModuleProblem, shared: SharedRows) -> Tensor:
         fitted = shared.fit(shared.measured_cross)  # (K, r, q)
@@ -81,6 +78,60 @@ class DenseHeads:
         return torch.stack(means)
 
 
+class StoredRows(Protocol):
+    """``A'`` as it is stored."""
+
+    @property
+    def blocks(self) -> list[Tensor]:
+        """Its bytes."""
+
+    @property
+    def gram(self) -> Tensor:
+        """``A' A'^T`` (q, q), float64."""
+
+    @property
+    def cross(self) -> Tensor:
+        """``A_k A'^T`` (K, r, q), float64."""
+
+
+def stored_heads(
+    problem: ModuleProblem,
+    rows: StoredRows,
+    heads: Tensor,
+    *,
+    groups: tuple[int, ...] | None,
+    levels: Ints,
+    bits: Sequence[int],
+    dtype: torch.dtype,
+) -> StoredModule:
+    """Round given heads and measure what is stored.
+
+    Args:
+        problem: The module.
+        rows: ``A'``, rounded.
+        heads: (H, q, d_out); overwritten by what is stored of them.
+        groups: Head of each task, -1 for one that gets none and is zero; None is one each.
+        levels: (H, 1): precision of every head.
+        bits: Precisions, finest first.
+        dtype: Float dtype of what is stored in 16 or 32 bits.
+    """
+    stored: list[list[Tensor]] = [[] for _ in range(len(heads))]
+    for head, level in enumerate(levels[:, 0].tolist()):
+        if level == LEFT_OUT:
+            heads[head] = 0
+            continue
+        data, heads[head] = encode(heads[head], bits[level], dtype)
+        stored[head] = [data]
+    ups = heads if groups is None else torch.cat([heads, torch.zeros_like(heads[:1])])[list(groups)]
+    up_cross, up_gram = (ups @ problem.ups).mT.double(), (ups @ ups.mT).double()
+    tasks = len(problem.tasks)
+    projected = Projected(up_cross, up_gram, rows.cross, rows.gram.expand(tasks, -1, -1))
+    if groups is None:
+        return stored_module(problem, rows.blocks, [stored], projected)
+    blocks = rows.blocks + [block for head in stored for block in head]
+    return stored_module(problem, blocks, [[[] for _ in problem.tasks]], projected)
+
+
 def options(problem: ModuleProblem, basis: Basis, ranks: Sequence[int], bits: Sequence[int]) -> list[Option]:
     """One option per rank of ``A'``, with a dense head for every task.
 
@@ -93,44 +144,84 @@ def options(problem: ModuleProblem, basis: Basis, ranks: Sequence[int], bits: Se
     weights = problem.weights.to(basis.cross.device)
     along = (problem.cores @ basis.cross).square().sum(dim=1) * weights[:, None]
     held = along.cumsum(dim=1).cpu().numpy()  # (K, n): weighted energy on the first rows
-    wanted = (problem.norms * problem.weights.to(problem.norms.device)).cpu().numpy()
+    wanted = _wanted(problem)
     found = []
     for rank in ranks:
         if rank <= basis.count:
-            left = np.maximum(wanted - held[:, rank - 1], 0).sum()
+            own = held[:, rank - 1 : rank]
+            left = np.maximum(wanted - own[:, 0], 0).sum()
             solution = DenseHeads(basis.rows, rank, None)
-            found.append(
-                option(problem, basis, solution, bits, held=held[:, rank - 1 : rank], base_error=float(left))
-            )
+            option = option_of_size((problem.d_out, problem.d_in), solution, bits, len(held))
+            found.append(_with_energies(option, basis.energies.cpu().numpy(), own, left))
     return found
 
 
-def option(
-    problem: ModuleProblem,
-    basis: Basis,
-    solution: DenseHeads,
-    bits: Sequence[int],
-    *,
-    held: Floats,
-    base_error: float,
-) -> Option:
-    """A solution as an option.
+def grouped_options(
+    problem: ModuleProblem, grouped: Grouped, ranks: Sequence[int], bits: Sequence[int]
+) -> list[Option]:
+    """One option per rank of ``A'``, with a dense head for every group of tasks.
 
     Args:
         problem: The module.
-        basis: What its ``A'`` is taken from.
-        solution: The rows and groups.
+        grouped: Its groups and the best rows for them.
+        ranks: Candidates for q, ascending.
         bits: Precisions, finest first.
-        held: (H, 1): weighted energy each head holds.
-        base_error: Weighted squared error of heads that are not rounded.
     """
-    energies = basis.energies[: solution.rank].cpu().numpy()
+    held, wanted = grouped.along.cumsum(axis=1), _wanted(problem).sum()
+    found = []
+    for rank in ranks:
+        if rank <= len(grouped.rows):
+            own = held[:, rank - 1 : rank]
+            solution = DenseHeads(grouped.rows, rank, grouped.groups)
+            option = option_of_size((problem.d_out, problem.d_in), solution, bits, len(held))
+            found.append(_with_energies(option, grouped.along.sum(axis=0), own, wanted - own.sum()))
+    return found
+
+
+def _wanted(problem: ModuleProblem) -> Floats:
+    """``w_k |dW_k|^2`` per task."""
+    wanted: Floats = (problem.norms * problem.weights.to(problem.norms.device)).cpu().numpy()
+    return wanted
+
+
+def _with_energies(option: Option, energies: Floats, held: Floats, base_error: float) -> Option:
+    (rows,) = option.shared
+    return replace(
+        option,
+        shared=(replace(rows, energies=energies[: option.rank]),),
+        heads=replace(option.heads, energies=held),
+        base_error=max(float(base_error), 0.0),
+    )
+
+
+class Sized(Family, Protocol):
+    """A family of dense heads whose size is known."""
+
+    @property
+    def rank(self) -> int:
+        """Rows of ``A'``."""
+
+    @property
+    def groups(self) -> tuple[int, ...] | None:
+        """Head of each task, -1 for none; None is one each."""
+
+
+def option_of_size(shape: tuple[int, int], solution: Sized, bits: Sequence[int], heads: int) -> Option:
+    """An option that tells its bytes alone: its error is not known before it is built.
+
+    Args:
+        shape: (d_out, d_in).
+        solution: Builds it.
+        bits: Precisions, finest first.
+        heads: How many.
+    """
+    d_out, d_in = shape
     return Option(
         family=NAME,
         solution=solution,
-        shared=(Part(energies, Rates.of(bits, (problem.d_in,)), may_leave_out=False),),
-        heads=Part(held, Rates.of(bits, (problem.d_out,), (), solution.rank), may_leave_out=True),
-        base_error=base_error,
+        shared=(Part(np.zeros(solution.rank), Rates.of(bits, (d_in,)), may_leave_out=False),),
+        heads=Part(np.zeros((heads, 1)), Rates.of(bits, (d_out,), (), solution.rank), may_leave_out=True),
+        base_error=0.0,
         groups=solution.groups,
         rank=solution.rank,
     )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from hydraopt.merging import dense_heads, separate, shared_a, shared_b, two_sided
 from hydraopt.merging.basis import find_basis
 from hydraopt.merging.budget import ModuleCurves
+from hydraopt.merging.grouping import SharedHeads, group_tasks
 from hydraopt.merging.option import Floats, Option
 from hydraopt.merging.problem import ModuleProblem
 
@@ -87,9 +88,25 @@ def shared_options(
     return found
 
 
-def dense_options(problem: ModuleProblem, largest: int | None, bits: Sequence[int]) -> list[Option]:
-    """The paper's form at every rank up to ``largest``."""
-    stacked = min(problem.downs.shape[0] * problem.downs.shape[1], problem.d_in)
-    limit = min(stacked, largest or shared_a.MAX_SHARED_RANK)
-    basis = find_basis(problem, limit, exact=True)
-    return dense_heads.options(problem, basis, range(1, limit + 1), bits)
+def dense_options(
+    problem: ModuleProblem, largest: int | None, bits: Sequence[int], sharing: SharedHeads | None = None
+) -> list[Option]:
+    """The paper's form at every rank up to ``largest``.
+
+    Args:
+        problem: The module.
+        largest: Rows of ``A'`` at most; None is as many as any family may have.
+        bits: Precisions, finest first.
+        sharing: How tasks share heads; None is a head for each.
+    """
+    limit = largest_rank(problem.downs.shape[0] * problem.downs.shape[1], problem.d_in, largest)
+    ranks = range(1, limit + 1)
+    grouped = None if sharing is None else group_tasks(problem, sharing, limit)
+    if grouped is not None:
+        return dense_heads.grouped_options(problem, grouped, ranks, bits)
+    return dense_heads.options(problem, find_basis(problem, limit, exact=True), ranks, bits)
+
+
+def largest_rank(stacked: int, d_in: int, asked: int | None) -> int:
+    """Rows ``A'`` of a module can have: no more than all A stacked or the input, nor than was asked for."""
+    return min(stacked, d_in, asked or shared_a.MAX_SHARED_RANK)

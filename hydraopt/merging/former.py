@@ -33,6 +33,11 @@ def kept_settings(former: Bundle, given: Mapping[str, object], tasks: Iterable[s
             "tasks of the former bundle share dense heads, which its shared part holds: a changed task may belong to "
             "another group; merge afresh, without keep_shared"
         )
+    if old.method == "gradient":
+        raise BundleError(
+            "the former bundle's heads were fitted by Adam together with its shared part, and those of a changed task "
+            "would not be; merge afresh, without keep_shared"
+        )
     changes = {"heads": None, "calibration": None, "shared_from": former.id}  # heads None: one for each task
     settings: dict[str, object] = old.model_dump() | changes | dict(given)
     if "budget" in given:

@@ -14,7 +14,7 @@ from hydraopt.bundle.contents import Bundle
 from hydraopt.errors import AdapterMismatchError, BudgetError
 from hydraopt.merging.former import kept_settings
 from hydraopt.merging.keep_shared import KeepingRun
-from hydraopt.merging.recipe import Recipe
+from hydraopt.merging.recipe import ONE_FOR_ALL, Recipe
 from hydraopt.merging.run import MergeRun, Progress
 from hydraopt.names import check_task_name
 
@@ -27,6 +27,10 @@ def merge(
     method: str | None = None,
     heads: int | None = None,
     rank: int | None = None,
+    on: str | None = None,
+    density: float | None = None,
+    scale: float | None = None,
+    steps: int | None = None,
     bits: int | str | None = None,
     weights: Mapping[str, float] | None = None,
     dtype: str | None = None,
@@ -45,19 +49,28 @@ def merge(
         adapters: Opened adapters or their folders, by task name.
         budget: Bundle bytes as a share of the adapters' bytes counted at the stored dtype's size (two bytes a number
             for the 16-bit dtypes), in (0, 1]. 1 keeps every direction of every adapter. Default 0.25 unless
-            ``max_error`` or ``rank`` is given.
+            ``max_error`` or ``rank`` is given, or the method takes no budget.
         max_error: Instead of a budget: the largest relative Frobenius error |dW - merged| / |dW| over all tasks.
         method: ``hydraopt`` (adaptive; the default), ``paper`` (one A' and dense heads at one rank), ``separate``,
-            ``two-sided``.
-        heads: For ``paper``: number of dense heads; one per task is supported.
-        rank: For ``paper``: rows of A'; for ``separate``: directions per task. Instead of a budget.
+            ``two-sided``; ``gradient`` (the paper's form fitted by Adam, by ``rank`` or ``budget``); one update for
+            all tasks, which takes neither budget nor error: ``ta``, ``ties``, ``dare``, ``dare-ties``, of the mean over
+            the tasks (with ``weights``, the weighted one; a module that a task lacks counts as zero there).
+        heads: For ``paper`` and ``gradient``: number M of dense heads; which tasks share one is chosen per module.
+            Default one per task.
+        rank: For ``paper`` and ``gradient``: rows of A'; for ``separate``: directions per task; instead of a budget.
+            For methods of one update: its rank, by default the largest of any adapter.
+        on: For methods of one update: ``dw`` (default) merges entries of ``B A``, ``factors`` those of A and B apart.
+        density: Share of entries that stay. ``ties``: the largest, default 0.2 as in its paper; ``dare`` and
+            ``dare-ties``: at random, default 0.5 (its paper searches for it).
+        scale: For methods of one update: multiplies it, default 1; the lambda of task arithmetic and TIES.
+        steps: For ``gradient``: steps of Adam, default 1000.
         bits: Bits per stored number: 16, 8, 6, 4, 3 or 2; ``auto`` (the default) trades them against ranks, vector
             by vector, for the methods a budget adapts, and is 16 for the others.
         weights: Relative weight of a task's error; 1 for those not named.
         dtype: Float dtype of what is stored in 16 bits: ``bfloat16`` (the default) or ``float16``; ``float32`` stores
             everything so.
         device: ``auto``, ``cpu`` or ``cuda``.
-        seed: Seed of random choices; the present methods make none that could change a result.
+        seed: Seed of random choices: DARE's, the random starts of groups, and of fits.
         keep_shared: A former bundle whose shared part, and the files of whose unchanged tasks, are kept byte for byte,
             so that a device fetches the files of changed tasks alone; see :mod:`hydraopt.merging.keep_shared`. All
             settings but ``budget`` and ``weights`` are the former ones. ``warnings`` of the result says where a changed
@@ -77,6 +90,10 @@ def merge(
         "max_error": max_error,
         "heads": heads,
         "rank": rank,
+        "on": on,
+        "density": density,
+        "scale": scale,
+        "steps": steps,
         "bits": bits,
         "weights": None if weights is None else dict(weights),
         "dtype": dtype,
@@ -90,17 +107,17 @@ def merge(
     )
     if former is not None:
         given = kept_settings(former, given, opened)
-    elif not given.keys() & {"budget", "max_error", "rank"}:
+    elif not given.keys() & {"budget", "max_error", "rank"} and method not in ONE_FOR_ALL:
         given["budget"] = 0.25
     recipe = make_recipe(**given)
     check_weights(recipe, opened)
     where, report = find_device(device), progress or silent
     if former is not None:
         return KeepingRun(former, opened, recipe, device=where, progress=report).run()
-    if recipe.heads is not None and recipe.heads != len(opened):
-        raise BudgetError(
-            f"heads={recipe.heads} is not supported: `paper` stores one dense head per task, here {len(opened)}"
-        )
+    if recipe.heads is not None and recipe.heads > len(opened):
+        raise BudgetError(f"heads={recipe.heads} is more than one for each of {len(opened)} tasks")
+    if recipe.method in ONE_FOR_ALL and recipe.rank is None:
+        recipe = recipe.model_copy(update={"rank": largest_input_rank(opened)})
     return MergeRun(opened, recipe, where, report).run()
 
 
@@ -160,6 +177,11 @@ def check_set(adapters: Mapping[str, Adapter]) -> None:
                     f"module {name!r}: task {task!r} updates a weight of {size}, but task {other!r} one of {known} "
                     "(d_out, d_in). Were both trained on the same base model?"
                 )
+
+
+def largest_input_rank(adapters: Mapping[str, Adapter]) -> int:
+    """The largest rank of any adapter in any module."""
+    return max(module.rank for adapter in adapters.values() for module in adapter.modules.values())
 
 
 def open_adapter(adapter: Adapter | Path | str) -> Adapter:

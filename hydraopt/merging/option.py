@@ -191,7 +191,7 @@ class Option:
         shared: The shared factors; each of their vectors is kept, at some precision.
         heads: (H, P) energies, descending along P: the directions of each head.
         base_error: Weighted squared error no level changes.
-        groups: Which head each task uses; None is one each.
+        groups: Which head each task uses, -1 for none; None is one each.
     """
 
     family: str

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -28,6 +28,30 @@ _DIGEST = r"^[0-9a-f]{64}$"
 ADAPTIVE = ("hydraopt", "separate", "two-sided")
 """Methods whose ranks and precisions the budget chooses vector by vector."""
 
+ONE_FOR_ALL = ("ta", "ties", "dare", "dare-ties")
+"""Methods of one update for all tasks, of a given rank: no budget can change its size."""
+
+_METHODS_OF = {
+    "budget": ("hydraopt", "paper", "separate", "two-sided", "gradient"),
+    "max_error": ("hydraopt", "paper", "separate", "two-sided"),
+    "rank": ("paper", "separate", "gradient", *ONE_FOR_ALL),
+    "heads": ("paper", "gradient"),
+    "on": ONE_FOR_ALL,
+    "density": ("ties", "dare", "dare-ties"),
+    "scale": ONE_FOR_ALL,
+    "steps": ("gradient",),
+}
+"""Settings that not every method has, and the methods that have them."""
+
+_DEFAULTS: dict[str, dict[str, str | float]] = {
+    "ta": {"on": "dw", "scale": 1.0},
+    "ties": {"on": "dw", "scale": 1.0, "density": 0.2},  # its paper's, where there are no validation data
+    "dare": {"on": "dw", "scale": 1.0, "density": 0.5},  # its paper searches; half is common in practice
+    "dare-ties": {"on": "dw", "scale": 1.0, "density": 0.5},
+    "gradient": {"steps": 1000},
+}
+"""Settings of a method that stand in the recipe whether given or not."""
+
 
 class Recipe(BaseModel):
     """How to merge a set of adapters. The same recipe and adapters always give the same bundle."""
@@ -46,11 +70,28 @@ class Recipe(BaseModel):
         None, ge=0, lt=1, allow_inf_nan=False, description="Relative error that must not be exceeded."
     )
     rank: int | None = Field(
-        None, ge=1, description="Rows of the shared A' (`paper`) or rank per task (`separate`)."
+        None,
+        ge=1,
+        description="Rows of the shared A' (`paper`, `gradient`), rank per task (`separate`) or rank of the one update "
+        "(`ta`, `ties`, `dare`, `dare-ties`; None is the largest rank of an adapter).",
     )
     heads: int | None = Field(
-        None, ge=1, description="Number of dense heads M (`paper`); None is one per task."
+        None, ge=1, description="Number of dense heads M (`paper`, `gradient`); None is one per task."
     )
+    on: Literal["dw", "factors"] | None = Field(
+        None, description="For methods of one update: whether entries of dW or of A and B apart are merged."
+    )
+    density: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        allow_inf_nan=False,
+        description="Share of entries that stay (`ties`: the largest, 0.2; `dare`, `dare-ties`: at random, 0.5).",
+    )
+    scale: float | None = Field(
+        None, allow_inf_nan=False, description="Multiplies the one update: the lambda of `ta` and `ties`."
+    )
+    steps: int | None = Field(None, ge=1, description="Steps of Adam (`gradient`).")
     bits: Bits = Field(
         "auto", description="Bits per stored number; `auto` trades them against ranks, vector by vector."
     )
@@ -78,19 +119,37 @@ class Recipe(BaseModel):
                 )
         return dict(sorted(weights.items()))
 
+    @model_validator(mode="before")
+    @classmethod
+    def _with_defaults(cls, data: Any) -> Any:
+        """What the method does stands in the recipe, whether it was asked for or not."""
+        if not isinstance(data, dict):
+            return data
+        method = data.get("method")
+        defaults = _DEFAULTS.get(method, {}) if isinstance(method, str) else {}
+        return data | {name: value for name, value in defaults.items() if data.get(name) is None}
+
+    @model_validator(mode="after")
+    def _own_settings(self) -> Self:
+        for name, methods in _METHODS_OF.items():
+            if getattr(self, name) is not None and self.method not in methods:
+                raise ValueError(
+                    f"{name} is not for the method {self.method!r}, but for {', '.join(methods)}"
+                )
+        if (self.dtype == "float32") != (self.bits == 32) and self.bits != "auto":
+            raise ValueError(
+                f"bits={self.bits} contradicts dtype={self.dtype!r}; float32 is stored in 32 bits"
+            )
+        return self
+
     @model_validator(mode="after")
     def _one_target(self) -> Self:
         targets = {"budget": self.budget, "max_error": self.max_error, "rank": self.rank}
         given = [name for name, value in targets.items() if value is not None]
-        if len(given) != 1:
-            raise ValueError(f"give exactly one of budget, max_error and rank; got {given or 'none'}")
-        if self.rank is not None and self.method in {"hydraopt", "two-sided"}:
-            raise ValueError(f"rank is not for the method {self.method!r}, which takes budget or max_error")
-        if self.heads is not None and self.method != "paper":
-            raise ValueError(f"heads is for the method 'paper', not {self.method!r}")
-        if (self.dtype == "float32") != (self.bits == 32) and self.bits != "auto":
+        able = [name for name in targets if self.method in _METHODS_OF[name]]
+        if len(given) > 1 or (not given and self.method not in ONE_FOR_ALL):
             raise ValueError(
-                f"bits={self.bits} contradicts dtype={self.dtype!r}; float32 is stored in 32 bits"
+                f"give exactly one of {', '.join(able)} for the method {self.method!r}; got {given or 'none'}"
             )
         return self
 

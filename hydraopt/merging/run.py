@@ -18,6 +18,7 @@ from hydraopt.bundle.contents import Bundle
 from hydraopt.errors import BudgetError
 from hydraopt.merging import separate
 from hydraopt.merging.assembly import Assembly
+from hydraopt.merging.baselines import one_for_all, refuse_zero_adapters
 from hydraopt.merging.budget import (
     ModuleCurves,
     every_direction,
@@ -31,12 +32,13 @@ from hydraopt.merging.budget import (
     within_budget,
     within_error,
 )
-from hydraopt.merging.families import OUTPUT_SIDE, Search, dense_options, shared_options, worthwhile
+from hydraopt.merging.dense_forms import DenseForms
+from hydraopt.merging.families import OUTPUT_SIDE, Search, shared_options, worthwhile
 from hydraopt.merging.option import Choice, Floats, Option, StoredModule
 from hydraopt.merging.parallel import in_order
 from hydraopt.merging.problem import ModuleProblem, load_module, module_names
 from hydraopt.merging.products import bfloat16_products
-from hydraopt.merging.recipe import Recipe
+from hydraopt.merging.recipe import ONE_FOR_ALL, Recipe
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -45,6 +47,9 @@ Progress = Callable[[int, int, str], None]
 """Called with (done, total, what)."""
 
 TINY = 1e-280  # squared norms below it are zero: their inverse would overflow
+UNIFORM = ("paper", "gradient")
+"""Methods with one rank of ``A'`` for all modules."""
+
 _FEW_MODULES = 48
 _FILLINGS = 4
 
@@ -91,8 +96,16 @@ class MergeRun:
             wanted = digests.submit(lambda: {task: adapter.digest for task, adapter in self.adapters.items()})
             if self.recipe.budget is not None and self.recipe.budget < 1:
                 self._most_factor_bytes(self.recipe)  # refuse at once what no amount of work would meet
-            choices = self.solve(self.trace(), self.recipe)
+            choices = self._choices()
             return self.assembly.bundle(self.assembly.entries(choices), self._build(choices), wanted.result())
+
+    def _choices(self) -> list[Choice]:
+        if self.recipe.method not in ONE_FOR_ALL:
+            return self.solve(self.trace(), self.recipe)
+        return [
+            one_for_all(self.recipe, self.assembly.shape(name), self.assembly.ranks(name))
+            for name in self.modules
+        ]
 
     @cached_property
     def _spectra(self) -> dict[str, dict[str, Floats]]:
@@ -101,23 +114,34 @@ class MergeRun:
         return dict(zip(self.modules, found, strict=True))
 
     def _module_spectra(self, name: str) -> dict[str, Floats]:
-        weights = dict.fromkeys(self.tasks, 1.0)
-        problem = load_module(name, self.adapters, weights, self.device, self.metrics.get(name))
-        check_finite(problem, self.adapters)
+        problem = self._loaded(name, dict.fromkeys(self.tasks, 1.0))
         return dict(zip(problem.tasks, separate.spectra(problem), strict=True))
 
     @cached_property
     def weights(self) -> dict[str, float]:
         """``w_k = c_k / |dW_k|^2`` over the whole adapter, with the recipe's relative weight ``c_k``.
 
-        A zero adapter is reproduced by anything, so its weight is 0.
+        A zero adapter is reproduced by anything, so its weight is 0. In methods of one update for all tasks, which
+        minimise no error, it is the coefficient ``c_k / sum c``.
+
+        Raises:
+            BudgetError: If such a method has no task to weigh.
         """
+        if self.recipe.method in ONE_FOR_ALL:
+            return self._coefficients()
         norms = dict.fromkeys(self.tasks, 0.0)
         for module in self._spectra.values():
             for task, spectrum in module.items():
                 norms[task] += float(spectrum.sum())
         relative = self.recipe.weights
         return {task: relative.get(task, 1.0) / norm if norm > TINY else 0.0 for task, norm in norms.items()}
+
+    def _coefficients(self) -> dict[str, float]:
+        relative = {task: self.recipe.weights.get(task, 1.0) for task in self.tasks}
+        total = sum(relative.values())
+        if total == 0:
+            raise BudgetError("the weights of all tasks are 0: there is nothing to merge")
+        return {task: weight / total for task, weight in relative.items()}
 
     @cached_property
     def total_weight(self) -> float:
@@ -131,7 +155,7 @@ class MergeRun:
 
     def trace(self) -> list[ModuleCurves]:
         """Per module every way to store it that the recipe allows, "separate" first, priced."""
-        if self.recipe.method == "paper":
+        if self.recipe.method in UNIFORM:
             return [ModuleCurves.unpriced(options) for options in self._dense_options()]
         families = frozenset(self.recipe.families)
         if self.recipe.budget == 1 or self.recipe.rank is not None:
@@ -149,10 +173,12 @@ class MergeRun:
 
     def _dense_options(self) -> list[list[Option]]:
         _ = self.weights
+        size = None if self.recipe.budget is None else self._most_factor_bytes(self.recipe)
+        forms = DenseForms.of(self.recipe, self.assembly, self._load, size)
 
         def options(name: str) -> list[Option]:
-            dense = dense_options(self._load(name), self.recipe.rank, self.recipe.precisions)
-            return [self._own_option(name), *dense]
+            own = self._own_option(name)
+            return [own, *(forms.options(name) if own.heads.energies.any() else [])]
 
         return list(self._each(options, self.modules, "trace the curves"))
 
@@ -228,13 +254,13 @@ class MergeRun:
         Raises:
             BudgetError: If the budget or error bound cannot be met.
         """
-        if recipe.method == "paper":
+        if recipe.method in UNIFORM:
             return self._solve_paper([module.options for module in curves], recipe)
         own = [module.options[0] for module in curves]
         if recipe.budget == 1:
-            return every_direction(own, [self._full_ranks(name) for name in self.modules])
+            return every_direction(own, [self.assembly.ranks(name) for name in self.modules])
         if recipe.rank is not None:
-            ranks = [[min(rank, recipe.rank) for rank in self._full_ranks(name)] for name in self.modules]
+            ranks = [[min(rank, recipe.rank) for rank in self.assembly.ranks(name)] for name in self.modules]
             return every_direction(own, ranks)
         allowed = [module.only({separate.NAME, *recipe.families}) for module in curves]
         if recipe.max_error is not None:
@@ -273,9 +299,6 @@ class MergeRun:
             return least_uniform(modules, recipe.max_error**2 * self.total_weight)
         return self._fit_container(recipe, lambda size: largest_uniform(modules, size))
 
-    def _full_ranks(self, name: str) -> list[int]:
-        return [adapter.modules[name].rank for adapter in self.adapters.values() if name in adapter.modules]
-
     def _allowed_bytes(self, recipe: Recipe) -> int:
         """Bytes of the bundle under the recipe's budget."""
         # float32 was asked for knowingly: the budget is then a share of the inputs at four bytes a number.
@@ -305,6 +328,8 @@ class MergeRun:
         return size / self.assembly.reference_bytes
 
     def _build(self, choices: Sequence[Choice]) -> Iterator[StoredModule]:
+        _ = self.weights  # needed before the first module
+
         def build(item: tuple[str, Choice]) -> StoredModule:
             name, choice = item
             problem = self._load(name)
@@ -313,10 +338,18 @@ class MergeRun:
             return stored
 
         work = list(zip(self.modules, choices, strict=True))
-        return self._each(build, work, "build the heads", exact=True)
+        stored = self._each(build, work, "build the heads", exact=True)
+        if self.recipe.method in ONE_FOR_ALL:
+            stored = refuse_zero_adapters(stored, self.recipe.method)
+        return stored
 
     def _load(self, name: str) -> ModuleProblem:
-        return load_module(name, self.adapters, self.weights, self.device, self.metrics.get(name))
+        return self._loaded(name, self.weights)
+
+    def _loaded(self, name: str, weights: Mapping[str, float]) -> ModuleProblem:
+        problem = load_module(name, self.adapters, weights, self.device, self.metrics.get(name))
+        check_finite(problem, self.adapters)
+        return problem
 
     @cached_property
     def _is_bfloat16(self) -> bool:

@@ -32,8 +32,9 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY)  ## merge time, memory and error on model shapes; prints a table
+bench: $(READY)  ## merge time, memory and error on model shapes, beside PEFT's svd and a fit by Adam; prints tables
 	$(BIN)/python tests/benchmarks/bench_merge.py
+	$(BIN)/python tests/benchmarks/bench_baselines.py
 
 down: $(READY)
 	$(BIN)/hydraopt down

@@ -63,6 +63,9 @@ class MergeRun:
         device: Where to compute.
         progress: Called with (done, total, what).
         metrics: Second moment of the inputs of some modules, (d_in, d_in) by name, from calibration data.
+
+    Raises:
+        BudgetError: If there are metrics and the method has no use for them.
     """
 
     def __init__(
@@ -77,6 +80,10 @@ class MergeRun:
         self.recipe = recipe
         self.device = device
         self.progress = progress
+        if metrics and recipe.method in {*ONE_FOR_ALL, "gradient"}:
+            raise BudgetError(
+                f"calibration data is not for the method {recipe.method!r}, which measures no inputs"
+            )
         self.metrics = metrics or {}
         self.tasks = tuple(adapters)
         self.modules = module_names(adapters)

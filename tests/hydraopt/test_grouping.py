@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -178,6 +178,19 @@ def test_order_and_factors_of_tasks_are_irrelevant(seed):
     )
     groups, shuffled = np.array(grouped(problem, heads, rank).groups), grouped(other, heads, rank).groups
     assert numbered(groups[order]).tolist() == list(shuffled)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_with_a_metric_groups_are_those_of_whitened_updates(seed):
+    """``|dW C^(1/2)|`` of the updates is ``|dW'|`` of ``dW' = dW L`` with ``C = L L^T``."""
+    problem, dense, heads, rank = random_problem(seed)
+    mix = np.random.default_rng(seed).normal(size=(problem.d_in, problem.d_in + 3))
+    metric = mix @ mix.T
+    lower = np.linalg.cholesky(metric)
+    measured = grouped(replace(problem, metric=torch.from_numpy(metric)), heads, rank)
+    white = grouped(module(problem.ups.numpy(), problem.downs.numpy() @ lower, dense.weights), heads, rank)
+    assert measured.groups == white.groups
+    np.testing.assert_allclose(measured.along.sum(axis=0), white.along.sum(axis=0), rtol=1e-6, atol=1e-9)
 
 
 def test_groups_are_the_same_every_time_whatever_the_seed_finds():

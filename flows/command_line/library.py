@@ -7,6 +7,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from hydraopt.adapters import Adapter
     from hydraopt.adapters.similarity import Similarity
     from hydraopt.bundle import Bundle
+    from hydraopt.evaluation.predict import Progress
+    from hydraopt.merging.second_moments import SecondMoments
 
 _DTYPES = ["bfloat16", "float16", "float32"]
 _METHODS = ["hydraopt", "paper", "separate", "two-sided", "ta", "ties", "dare", "dare-ties", "gradient"]
@@ -43,6 +46,16 @@ _DEVICES = ["auto", "cpu", "cuda"]
     type=click.Path(path_type=Path),
     metavar="BUNDLE",
     help="Keep this bundle's shared part and the files of unchanged tasks, byte for byte.",
+)
+@click.option(
+    "--calibrate",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    metavar="TASKFILE",
+    help="Weigh errors by what the base model feeds each module on this task's training rows; may be repeated.",
+)
+@click.option(
+    "--calibrate-rows", type=int, default=64, show_default=True, help="Rows of each --calibrate task."
 )
 @click.option("--method", type=click.Choice(_METHODS), show_default="hydraopt")
 @click.option("--heads", type=int, help="For paper, gradient: number of dense heads; default one per task.")
@@ -84,10 +97,13 @@ _DEVICES = ["auto", "cpu", "cuda"]
 @click.option("--seed", type=int, show_default="0")
 def merge(
     output: Output,
+    *,
     adapters: tuple[str, ...],
     out: Path,
     bits: str | None,
     weights: tuple[str, ...],
+    calibrate: tuple[Path, ...],
+    calibrate_rows: int,
     **settings: Any,
 ) -> dict[str, Any]:
     """Merge task adapters (PEFT folders) of one base model into one small bundle.
@@ -100,9 +116,14 @@ def merge(
     import hydraopt
 
     start = time.perf_counter()
-    with output.progress() as progress:
+    with output.progress() as progress, ExitStack() as moments:
+        named = _named(adapters)
+        if calibrate:
+            settings["metrics"] = moments.enter_context(
+                _second_moments(calibrate, named, calibrate_rows, settings["device"], progress)
+            )
         bundle = hydraopt.merge(
-            _named(adapters),
+            named,
             bits=int(bits) if bits and bits != "auto" else bits,
             weights=_weights(weights) if weights else None,
             progress=progress,
@@ -285,6 +306,19 @@ def _named(arguments: Iterable[str]) -> dict[str, Path]:
             )
         adapters[name] = path
     return adapters
+
+
+def _second_moments(
+    calibrate: Iterable[Path], named: dict[str, Path], rows: int, device: str, progress: Progress
+) -> AbstractContextManager[SecondMoments]:
+    """What the base model feeds the adapted modules on the training rows of these tasks."""
+    import hydraopt
+    from hydraopt.evaluation.calibration import second_moments
+    from hydraopt.evaluation.task_file import TaskFile
+
+    tasks = [TaskFile.load(path) for path in calibrate]
+    adapters = {task: hydraopt.read_adapter(folder) for task, folder in named.items()}
+    return second_moments(tasks, adapters, rows=rows, device=device, progress=progress)
 
 
 def _weights(arguments: Iterable[str]) -> dict[str, float]:

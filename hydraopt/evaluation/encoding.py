@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+
+from hydraopt.evaluation.rows import Row
+from hydraopt.evaluation.task_file import TaskFile
 
 IGNORED = -100
 """The label torch's cross-entropy skips."""
@@ -22,7 +26,7 @@ def input_limit(model: Any, tokenizer: Any, asked: int, *, reserved: int = 0) ->
     return int(min(asked, room, tokenizer.model_max_length))
 
 
-def classification_example(tokenizer: Any, text: str, limit: int) -> dict[str, list[int]]:
+def classification_example(tokenizer: Any, text: str, limit: int) -> dict[str, Any]:
     """What the tokenizer gives for a text, special tokens included, cut to ``limit`` tokens."""
     return dict(tokenizer(text, truncation=True, max_length=limit))
 
@@ -60,6 +64,38 @@ def training_example(
     ids = prompt + target if decoder else prompt
     labels = [IGNORED] * len(prompt) + target if decoder else target
     return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
+
+
+def encoded_rows(task: TaskFile, model: Any, tokenizer: Any, rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """What the model reads to learn each row of a task: token ids, masks and ``labels``.
+
+    Args:
+        task: Says how to ask.
+        model: A model of the task's kind.
+        tokenizer: Its tokenizer.
+        rows: Canonical rows.
+    """
+    decoder = not model.config.is_encoder_decoder
+    if task.kind == "classification":
+        limit = input_limit(model, tokenizer, task.max_length)
+        numbers = {label: index for index, label in enumerate(task.labels)}
+        return [
+            classification_example(tokenizer, row["text"], limit) | {"labels": numbers[row["label"]]}
+            for row in rows
+        ]
+    limit = input_limit(model, tokenizer, task.max_length, reserved=task.max_new_tokens if decoder else 0)
+    return [
+        training_example(
+            tokenizer,
+            task.prompt,
+            row["input"],
+            row["target"],
+            limit=limit,
+            answer_limit=task.max_new_tokens,
+            decoder=decoder,
+        )
+        for row in rows
+    ]
 
 
 def _prompt(tokenizer: Any, template: str, text: str, *, decoder: bool) -> list[int]:

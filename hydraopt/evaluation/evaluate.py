@@ -61,7 +61,7 @@ def evaluate_adapter(
         AdapterFormatError: If the folder is not an adapter, or does not fit the base model.
     """
     adapter = read_adapter(folder)
-    _check_base(task, adapter.base_model, adapter.revision, f"adapter {str(folder)!r}")
+    check_base(task, adapter.base_model, adapter.revision, f"adapter {str(folder)!r}")
     task_type = _task_type(task, adapter.task_type)
     chosen = _choose_rows(task, rows, limit)
     target = resolve_device(device)
@@ -211,7 +211,7 @@ def _shared_task_type(tasks: Sequence[TaskFile], bundle: Bundle) -> TaskType:
                 f"the bundle has no task {task.name!r}; it has {', '.join(bundle.task_names)}"
             )
         base = bundle.manifest.base_model
-        _check_base(task, base.name, base.revision, "the bundle")
+        check_base(task, base.name, base.revision, "the bundle")
         types.add(_task_type(task, entry.task_type))
     if len(types) > 1:
         raise TaskFileError(
@@ -220,7 +220,12 @@ def _shared_task_type(tasks: Sequence[TaskFile], bundle: Bundle) -> TaskType:
     return types.pop()
 
 
-def _check_base(task: TaskFile, base_model: str, revision: str | None, what: str) -> None:
+def check_base(task: TaskFile, base_model: str, revision: str | None, what: str) -> None:
+    """Check that ``what`` was made for the task's base model.
+
+    Raises:
+        TaskFileError: If not.
+    """
     same = base_model == task.base_model or (
         Path(base_model).is_dir()
         and Path(base_model).resolve() == Path(base_model_path(task.base_model)).resolve()

@@ -286,7 +286,8 @@ class KeepingRun:
             for task in self.changed
             if (error := manifest.tasks[task].relative_error) > max(_FAR_WORSE * usual, _NOTICEABLE)
         ]
-        if self.recipe.budget is not None and manifest.bytes_on_disk > self._allowed_bytes:
+        whole = self.recipe.budget in {None, 1}  # 1 keeps every direction, in whatever it takes
+        if not whole and manifest.bytes_on_disk > self._allowed_bytes:
             found.append(
                 f"the bundle takes {manifest.bytes_on_disk} bytes, more than the {self._allowed_bytes} that "
                 f"budget={self.recipe.budget} gives {len(self.adapters)} tasks: its shared part was sized for "

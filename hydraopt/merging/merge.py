@@ -16,6 +16,7 @@ from hydraopt.merging.former import kept_settings
 from hydraopt.merging.keep_shared import KeepingRun
 from hydraopt.merging.recipe import ONE_FOR_ALL, Recipe
 from hydraopt.merging.run import MergeRun, Progress
+from hydraopt.merging.second_moments import SecondMoments
 from hydraopt.names import check_task_name
 
 
@@ -37,6 +38,7 @@ def merge(
     device: str = "auto",
     seed: int | None = None,
     keep_shared: Bundle | Path | str | None = None,
+    metrics: SecondMoments | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
     """Merge the adapters of one base model into a bundle.
@@ -75,6 +77,9 @@ def merge(
             so that a device fetches the files of changed tasks alone; see :mod:`hydraopt.merging.keep_shared`. All
             settings but ``budget`` and ``weights`` are the former ones. ``warnings`` of the result says where a changed
             task fits the former shared part badly.
+        metrics: Second moments ``C`` of modules' inputs, from :mod:`hydraopt.evaluation.calibration`. Then
+            ``|(dW - merged) C^(1/2)|`` is what is minimised, weights included. Reported errors stay plain. Families
+            that share the output side are left aside: ``C`` belongs to the input side.
         progress: Called with (done, total, what).
 
     Raises:
@@ -98,6 +103,7 @@ def merge(
         "weights": None if weights is None else dict(weights),
         "dtype": dtype,
         "seed": seed,
+        "calibration": None if metrics is None else metrics.digest,
     }
     given = {name: value for name, value in given.items() if value is not None}
     opened = {check_task_name(task): open_adapter(adapters[task]) for task in sorted(adapters)}
@@ -113,12 +119,12 @@ def merge(
     check_weights(recipe, opened)
     where, report = find_device(device), progress or silent
     if former is not None:
-        return KeepingRun(former, opened, recipe, device=where, progress=report).run()
+        return KeepingRun(former, opened, recipe, device=where, progress=report, metrics=metrics).run()
     if recipe.heads is not None and recipe.heads > len(opened):
         raise BudgetError(f"heads={recipe.heads} is more than one for each of {len(opened)} tasks")
     if recipe.method in ONE_FOR_ALL and recipe.rank is None:
         recipe = recipe.model_copy(update={"rank": largest_input_rank(opened)})
-    return MergeRun(opened, recipe, where, report).run()
+    return MergeRun(opened, recipe, where, report, metrics).run()
 
 
 def make_recipe(**settings: object) -> Recipe:

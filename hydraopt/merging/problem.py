@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from hydraopt.adapters import Adapter
+from hydraopt.errors import AdapterMismatchError
 
 SMALL_PROBLEM = 1 << 21
 """Numbers in all factors of one module up to which float64 costs nothing one would notice."""
@@ -133,9 +134,17 @@ def load_module(
         weights: w_k by task name.
         device: Where to compute.
         metric: Second moment of the module's inputs (d_in, d_in), or None.
+
+    Raises:
+        AdapterMismatchError: If the metric is of another size.
     """
     tasks = tuple(sorted(task for task, adapter in adapters.items() if name in adapter.modules))
     specs = [adapters[task].modules[name] for task in tasks]
+    if metric is not None and metric.shape != (specs[0].d_in, specs[0].d_in):
+        raise AdapterMismatchError(
+            f"module {name!r}: its adapters take {specs[0].d_in} inputs, but the calibration data have "
+            f"{tuple(metric.shape)}. Were both made with the same base model?"
+        )
     numbers = sum(spec.rank * (spec.d_in + spec.d_out) for spec in specs)
     dtype = torch.float64 if numbers <= SMALL_PROBLEM else torch.float32
     rank = max(spec.rank for spec in specs)

@@ -40,6 +40,7 @@ _METHODS_OF = {
     "density": ("ties", "dare", "dare-ties"),
     "scale": ONE_FOR_ALL,
     "steps": ("gradient",),
+    "calibration": ("hydraopt", "paper", "separate"),
 }
 """Settings that not every method has, and the methods that have them."""
 

@@ -38,7 +38,7 @@ from transformers import (
 from hydraopt.adapters.peft_folder import CONFIG_FILE, TENSOR_FILE
 from hydraopt.base_models import LoadedBase, TaskType, generation_task_type, load_base, quiet, resolve_device
 from hydraopt.errors import TaskFileError
-from hydraopt.evaluation.encoding import IGNORED, classification_example, input_limit, training_example
+from hydraopt.evaluation.encoding import IGNORED, encoded_rows
 from hydraopt.evaluation.rows import Row, rows_digest
 from hydraopt.evaluation.task_file import TaskFile
 from hydraopt.training.checkpoints import MarkCheckpoints, last_whole_checkpoint, step_of, sync
@@ -210,32 +210,7 @@ def _trainer(
 
 
 def _dataset(task: TaskFile, model: Any, tokenizer: Any, rows: Sequence[Row]) -> Any:
-    examples: list[dict[str, Any]]
-    decoder = not model.config.is_encoder_decoder
-    generates = task.kind == "generation"
-    limit = input_limit(
-        model, tokenizer, task.max_length, reserved=task.max_new_tokens if generates and decoder else 0
-    )
-    if generates:
-        examples = [
-            training_example(
-                tokenizer,
-                task.prompt,
-                row["input"],
-                row["target"],
-                limit=limit,
-                answer_limit=task.max_new_tokens,
-                decoder=decoder,
-            )
-            for row in rows
-        ]
-    else:
-        ids = {label: index for index, label in enumerate(task.labels)}
-        examples = [
-            classification_example(tokenizer, row["text"], limit) | {"labels": ids[row["label"]]}
-            for row in rows
-        ]
-    return datasets.Dataset.from_list(examples)
+    return datasets.Dataset.from_list(encoded_rows(task, model, tokenizer, rows))
 
 
 def _collator(task: TaskFile, tokenizer: Any) -> Any:

@@ -89,3 +89,26 @@ def test_export_writes_kinds_back_and_names_what_a_server_cannot_read(adapters, 
     assert code == 2
     assert "PROMPT_TUNING" in found["error"]
     assert run("export", tmp_path / "bundle", "--out", tmp_path / "x", "--profile", "gguf")[0] == 2
+
+
+def test_merge_keeps_a_former_bundles_shared_part(adapters, tmp_path):
+    settings = ["--budget", 1, "--dtype", "float32"]
+    assert run("merge", *adapters.values(), *settings, "--out", tmp_path / "former")[0] == 0
+    tensors = load_file(adapters["vectors"] / "adapter_model.safetensors")
+    save_file(
+        {name: 2 * tensor for name, tensor in tensors.items()},
+        adapters["vectors"] / "adapter_model.safetensors",
+    )
+    kept = ["--keep-shared", tmp_path / "former", "--out", tmp_path / "next"]
+    code, found = run("merge", *adapters.values(), *kept)
+    assert (code, found["warnings"]) == (0, [])
+    before, after = (
+        {f.name: f.read_bytes() for f in (tmp_path / n).rglob("*.*")} for n in ("former", "next")
+    )
+    assert {name for name in before if before[name] != after[name]} == {
+        "manifest.json",
+        "vectors.safetensors",
+    }
+    assert found["tasks"]["vectors"]["relative_error"] < 1e-6
+    code, found = run("merge", *adapters.values(), *kept, "--dtype", "float16")
+    assert (code, "contradicts" in json.dumps(found)) == (2, True)

@@ -10,6 +10,7 @@ from infra.settings import Settings
 from tasks.adapters import fetch_version
 from tasks.artifacts import show_gates
 from tasks.candidates import (
+    describe_candidate,
     find_candidate,
     judge_candidate,
     keep_evidence,
@@ -51,6 +52,7 @@ def merge_set(bundle: str) -> dict[str, Any]:
             folders = {task: fetch_version(settings, version) for task, version in desired.versions.items()}
             folder = merge_adapters(settings, desired, folders)
             bundle_id = upload_candidate(settings, desired, folder)
+        describe_candidate(settings, desired, bundle_id)
 
         if needs_measuring(settings, desired, bundle_id):
             folder = bundle_folder(settings, bundle, bundle_id, folder)

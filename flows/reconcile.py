@@ -15,6 +15,7 @@ from hydraopt.errors import HydraoptError, ServiceError
 from infra.candidates import CandidateStatus
 from infra.settings import Settings
 from tasks.candidates import (
+    describe_candidate,
     find_candidate,
     judge_candidate,
     needs_measuring,
@@ -95,6 +96,7 @@ def _bring_up_to_date(settings: Settings, desired: DesiredSet) -> dict[str, Any]
     if bundle_id is None:
         # Another adapter was registered meanwhile: that set was merged, and the next run looks again.
         return {"state": "changing", "fingerprint": desired.fingerprint}
+    describe_candidate(settings, desired, bundle_id)
     report = judge_candidate(settings, desired, bundle_id)
     show_candidate(settings, desired, bundle_id, report)
     return {

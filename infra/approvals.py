@@ -1,7 +1,8 @@
 """The release managers' word on a candidate: signed approvals, or a rejection. Either is final.
 
-An approval signs the bundle's id, the gate report, the record that holds it and the policy; through these it binds
-the manifest, every file, the gates' rules, every measurement, and who else must approve.
+An approval signs the bundle's id, the gate report, the record that holds it, the record of the bundle's
+documents and the policy; through these it binds the manifest, every file, the gates' rules, every measurement,
+provenance and bill of materials, and who else must approve.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hydraopt.errors import RecordError, RefusedError
 from hydraopt.evaluation.gates import GateReport
 from hydraopt.names import check_name
-from infra.adapter_store import load_adapter_version, version_key
 from infra.approvers import Approvers
 from infra.bundle_store import read_manifest
 from infra.evidence import check_judgement, find_record, parse_judgement
@@ -24,12 +24,20 @@ from infra.records import (
     create_record,
     latest_record,
     now,
-    read_json,
     read_record,
     read_records,
 )
-from infra.sign_off import APPROVAL, SignOff, count_approvals, open_approval, released_at, require
+from infra.sign_off import (
+    APPROVAL,
+    SignOff,
+    check_description_signed,
+    count_approvals,
+    open_approval,
+    released_at,
+    require,
+)
 from infra.signatures import key_id, sign
+from infra.supply_chain.describe import check_description
 
 _LONGEST_REASON = 2000
 
@@ -52,13 +60,6 @@ def approve(  # noqa: PLR0917 - a sentence: who signs what with which key, among
     """
     check_name(who, "approver name")
     _check_trusted(who, key, approvers)
-    if not approvers.terms.self_approval and who.casefold() in {
-        one.casefold() for one in makers(store, name, bundle_id)
-    }:
-        raise RefusedError(
-            f"{who!r} trained or brought in an adapter of bundle {bundle_id}, and the policy of {name!r} forbids "
-            "self-approval: another approver must sign"
-        )
     return _approve(store, name, bundle_id, who, key, approvers, asserted=False)
 
 
@@ -100,25 +101,13 @@ def reject(store: ObjectStore, name: str, bundle_id: str, who: str, reason: str)
     return create_record(store, name, bundle_id, "rejected", {"as": who, "reason": reason}).content
 
 
-def read_sign_off(store: ObjectStore, name: str, bundle_id: str, approvers: Approvers) -> SignOff:
-    """The approvals of a released bundle, as a device counts them. Needs no more than reading rights.
-
-    Raises:
-        RefusedError: If the bundle was rejected, or too few approved it.
-        RecordError: If there are approvals, but none that a trusted key signed for this bundle.
-    """
-    check_not_rejected(store, name, bundle_id)
-    released = released_at(store, name, bundle_id)
-    return require(count_approvals(store, name, bundle_id, approvers, released=released), bundle_id, name)
-
-
 def verify_sign_off(
     store: ObjectStore, name: str, bundle_id: str, approvers: Approvers, *, released: bool = False
 ) -> SignOff:
     """Check the approvals with all they rest on, as if nobody had checked before.
 
-    The signatures, the policy, the manifest, the gate reports, and the gates judged again from the recorded
-    measurements.
+    The signatures, the policy, the manifest, provenance and bill of materials, the gate reports, and the gates
+    judged again from the recorded measurements.
 
     Args:
         store: Where.
@@ -133,8 +122,13 @@ def verify_sign_off(
     """
     check_not_rejected(store, name, bundle_id)
     at = released_at(store, name, bundle_id) if released else None
-    made = makers(store, name, bundle_id)
-    sign_off = require(count_approvals(store, name, bundle_id, approvers, made, released=at), bundle_id, name)
+    manifest = read_manifest(store, name, bundle_id)
+    described, made = check_description(store, name, bundle_id, manifest, approvers)
+    records = read_records(store, name, bundle_id, "approved")
+    sign_off = require(
+        count_approvals(records, name, bundle_id, approvers, made, released=at), bundle_id, name
+    )
+    check_description_signed(sign_off, described.sha256, bundle_id)
     for sha256 in sign_off.gated_sha256:
         gated = find_record(store, name, bundle_id, "gated", sha256)
         if gated is None:
@@ -170,16 +164,6 @@ def check_not_rejected(store: ObjectStore, name: str, bundle_id: str) -> None:
         raise RefusedError(f"bundle {bundle_id} of {name!r} was rejected: it must not be used")
 
 
-def makers(store: ObjectStore, name: str, bundle_id: str) -> set[str]:
-    """Who trained or brought in the adapters of a stored bundle, as their records say."""
-    manifest = read_manifest(store, name, bundle_id)
-    made: set[str] = set()
-    for task, digest in manifest.adapters.items():
-        if read_json(store, version_key(manifest.base_model.name, task, digest)) is not None:
-            made |= set(load_adapter_version(store, manifest.base_model.name, task, digest).made_by)
-    return made
-
-
 def _approve(  # noqa: PLR0917 - as approve
     store: ObjectStore,
     name: str,
@@ -190,7 +174,7 @@ def _approve(  # noqa: PLR0917 - as approve
     *,
     asserted: bool,
 ) -> dict[str, Any]:
-    read_manifest(store, name, bundle_id)
+    manifest = read_manifest(store, name, bundle_id)
     gated = latest_record(store, name, bundle_id, "gated")
     if gated is None:
         raise RefusedError(
@@ -199,8 +183,14 @@ def _approve(  # noqa: PLR0917 - as approve
     _check_passed(check_judgement(store, name, bundle_id, gated))
     if _decision(store, name, bundle_id) == "rejected":
         _decide(store, name, bundle_id, "approved", who)  # says who rejected it
-    made = makers(store, name, bundle_id)
-    sign_off = count_approvals(store, name, bundle_id, approvers, made)
+    described, made = check_description(store, name, bundle_id, manifest, approvers)
+    _check_is_no_maker(who, made, name, bundle_id, approvers)
+
+    def count() -> SignOff:
+        records = read_records(store, name, bundle_id, "approved")
+        return count_approvals(records, name, bundle_id, approvers, made)
+
+    sign_off = count()
     payload = _own(store, name, bundle_id, who, approvers, sign_off)
     if payload is None:
         payload = {
@@ -210,6 +200,7 @@ def _approve(  # noqa: PLR0917 - as approve
             "decision": "approved",
             "gate_report_sha256": parse_judgement(gated).report_sha256,
             "gated_sha256": gated.sha256,
+            "described_sha256": described.sha256,
             "policy": approvers.terms.model_dump(mode="json"),
             "policy_sha256": approvers.terms.sha256,
             "as": who,
@@ -218,7 +209,7 @@ def _approve(  # noqa: PLR0917 - as approve
         }
         content = {"signed": sign(payload, key)}
         append_record(store, name, bundle_id, "approved", content, unless_same=("signed",))
-        sign_off = count_approvals(store, name, bundle_id, approvers, made)
+        sign_off = count()
     if sign_off.complete:
         conclude(store, name, bundle_id, sign_off)
     return payload
@@ -234,6 +225,14 @@ def _own(  # noqa: PLR0917 - private, and called once
             if approval.who == who:
                 return approval.payload
     return None
+
+
+def _check_is_no_maker(who: str, made: set[str], name: str, bundle_id: str, approvers: Approvers) -> None:
+    if not approvers.terms.self_approval and who.casefold() in {one.casefold() for one in made}:
+        raise RefusedError(
+            f"{who!r} trained or brought in an adapter of bundle {bundle_id}, and the policy of {name!r} forbids "
+            "self-approval: another approver must sign"
+        )
 
 
 def _check_trusted(who: str, key: Ed25519PrivateKey, approvers: Approvers) -> None:

@@ -11,13 +11,14 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from hydraopt.errors import RecordError
 from hydraopt.names import check_name
-from infra.approvals import approve, makers, reject
+from infra.approvals import approve, reject
 from infra.approvers import Approvers
 from infra.bundle_store import claim_fingerprint, find_by_fingerprint, read_manifest, upload_bundle
 from infra.evidence import read_evidence, read_gate_report, write_evidence, write_gate_report
 from infra.object_store import ObjectStore
-from infra.records import State, read_record
+from infra.records import State, read_record, read_records
 from infra.sign_off import SignOff, count_approvals
+from infra.supply_chain.describe import stored_adapters
 
 CandidateState = Literal["merged", "gated-failed", "awaiting-approval", "approved", "rejected", "published"]
 
@@ -111,7 +112,7 @@ def _status(
     report = read_gate_report(store, name, bundle_id) if "gated" in seen else None
     decision, sign_off = decided.get("decision"), None
     if approvers_of is not None and report is not None and report.passed and not published:
-        sign_off = _count(store, name, bundle_id, approvers_of(name))
+        sign_off = count(store, name, bundle_id, approvers_of(name))
         if decision != "rejected":
             decision = "approved" if sign_off.complete else None
     try:
@@ -135,9 +136,12 @@ def _status(
         raise RecordError(f"the records of bundle {bundle_id} of {name!r} are damaged") from error
 
 
-def _count(store: ObjectStore, name: str, bundle_id: str, approvers: Approvers) -> SignOff:
-    made = makers(store, name, bundle_id)
-    return count_approvals(store, name, bundle_id, approvers, made)
+def count(store: ObjectStore, name: str, bundle_id: str, approvers: Approvers) -> SignOff:
+    """The approvals so far; who trained is looked up as the adapters' records say."""
+    versions = stored_adapters(store, read_manifest(store, name, bundle_id)).values()
+    records = read_records(store, name, bundle_id, "approved")
+    made = {who for version in versions for who in version.made_by}
+    return count_approvals(records, name, bundle_id, approvers, made)
 
 
 def _state(published: dict[str, Any], decision: Any, passed: bool | None) -> CandidateState:
@@ -155,6 +159,7 @@ __all__ = [
     "CandidateStatus",
     "approve",
     "claim_fingerprint",
+    "count",
     "find_by_fingerprint",
     "list_candidates",
     "read_evidence",

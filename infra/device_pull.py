@@ -21,7 +21,7 @@ import hydraopt
 from hydraopt.bundle.layout import MANIFEST_FILE, FileEntry
 from hydraopt.bundle.manifest_file import parse_manifest
 from hydraopt.errors import HydraoptError, RecordError, ServiceError
-from infra.approvals import read_sign_off
+from infra.approvals import check_not_rejected
 from infra.approvers import Approvers
 from infra.atomic_files import sync_folder, write_atomically
 from infra.blobs import BlobRef, measure
@@ -29,6 +29,8 @@ from infra.bundle_store import read_manifest_bytes
 from infra.channels import live
 from infra.object_store import ObjectStore
 from infra.publishing import read_version
+from infra.records import canonical
+from infra.supply_chain.release_file import beside, read_release
 
 Progress = Callable[[int, int, str], None]
 """``progress(done, total, what)``, in files."""
@@ -51,6 +53,7 @@ class Pulled(BaseModel):
     fetched_files: int
     fetched_bytes: int = Field(description="Bytes of the fetched files; the small records are not counted.")
     reused_files: int = Field(description="Files that were here already and are right.")
+    approved_by: tuple[str, ...] = Field(description="Whose approvals count on this device.")
 
 
 def pull(  # noqa: PLR0917 - progress comes last in every verb
@@ -85,12 +88,15 @@ def pull(  # noqa: PLR0917 - progress comes last in every verb
         raise RecordError(
             f"channel {channel!r} of {name!r} shows another bundle than its version's: changed?"
         )
-    read_sign_off(store, name, pointer.bundle_id, approvers)
+    check_not_rejected(store, name, pointer.bundle_id)
     data = read_manifest_bytes(store, name, pointer.bundle_id)
+    release = read_release(store, name, pointer.bundle_id)
+    sign_off = release.verify(parse_manifest(data, f"the manifest of bundle {pointer.bundle_id}"), approvers)
     try:
         with _home_of(out) as home:
             before = _current(out, home)
             fetched, reused = _complete(store, home, pointer.bundle_id, data, progress or _silent)
+            write_atomically(beside(home / pointer.bundle_id), canonical(release.model_dump(mode="json")))
             changed = before != pointer.bundle_id
             if changed:
                 _switch(out, home, pointer.bundle_id)
@@ -106,6 +112,7 @@ def pull(  # noqa: PLR0917 - progress comes last in every verb
         fetched_files=len(fetched),
         fetched_bytes=sum(entry.bytes for entry in fetched.values()),
         reused_files=reused,
+        approved_by=sign_off.by,
     )
 
 
@@ -242,6 +249,7 @@ def _tidy(home: Path, keep: set[str], *, also_newest: bool) -> None:
         others.remove(max(whole, key=lambda path: path.stat().st_mtime))
     for path in others:
         shutil.rmtree(path, ignore_errors=True)
+        beside(path).unlink(missing_ok=True)
 
 
 def _check_path(path: str) -> None:

@@ -1,4 +1,4 @@
-"""Remove blobs that nothing needs any more; records, manifests and adapters stay for ever.
+"""Remove blobs that nothing needs any more; records, manifests, documents and adapters stay for ever.
 
 A bundle's files are kept while a channel shows it or showed it just before, while it is among the newest published
 versions, and while it is a candidate nobody decided on. What else lies in ``blobs/`` may go once it is old enough:
@@ -19,6 +19,8 @@ from infra.bundle_store import read_manifest
 from infra.candidates import list_candidates
 from infra.channels import channels_of, settle
 from infra.object_store import ObjectStore, StoredObject
+from infra.records import read_record
+from infra.supply_chain.release_file import parse_description
 
 Progress = Callable[[int, int, str], None]
 
@@ -64,7 +66,7 @@ def collect_garbage(
             f"keep at least one version and no negative age, got {keep_versions} versions and {older_than}"
         )
     kept, dropped = _sort_bundles(store, keep_versions)
-    needed, limit = _needed(store, kept), datetime.now(UTC) - older_than
+    needed, limit = _needed(store, kept, dropped), datetime.now(UTC) - older_than
     unneeded: list[StoredObject] = []
     young = seen = 0
     for entry in store.entries("blobs/sha256/"):
@@ -74,7 +76,7 @@ def collect_garbage(
             unneeded += [entry] if entry.modified <= limit else []
     if remove and unneeded:
         # Again, right before: a long listing may have seen the blobs of a bundle that was named meanwhile.
-        needed = _needed(store, _sort_bundles(store, keep_versions)[0])
+        needed = _needed(store, *_sort_bundles(store, keep_versions))
         unneeded = [entry for entry in unneeded if _digest(entry) not in needed]
         for done, entry in enumerate(unneeded, start=1):
             store.remove(entry.key)
@@ -120,8 +122,8 @@ def _shown(store: ObjectStore, name: str) -> set[int]:
     return versions
 
 
-def _needed(store: ObjectStore, kept: set[tuple[str, str]]) -> set[str]:
-    """SHA-256 of every blob that a kept bundle, an adapter or a document names."""
+def _needed(store: ObjectStore, kept: set[tuple[str, str]], dropped: set[tuple[str, str]]) -> set[str]:
+    """SHA-256 of every blob that a kept bundle or an adapter is made of, and of every bundle's documents."""
     digests = {
         entry.sha256
         for name, bundle_id in kept
@@ -131,6 +133,11 @@ def _needed(store: ObjectStore, kept: set[tuple[str, str]]) -> set[str]:
         version = read_version_record(store, key)
         rows = [version.evaluation_rows] if version.evaluation_rows else []
         digests |= {ref.sha256 for ref in [*version.files.values(), *rows]}
+    for name, bundle_id in kept | dropped:
+        record = read_record(store, name, bundle_id, "described")
+        if record is not None:
+            documents = parse_description(record)
+            digests |= {documents.provenance.sha256, documents.bom.sha256}
     return digests
 
 

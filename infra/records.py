@@ -18,7 +18,7 @@ from hydraopt.errors import RecordError
 from hydraopt.names import check_name
 from infra.object_store import ObjectStore
 
-State = Literal["merged", "evaluated", "gated", "decided", "approved", "rejected", "published"]
+State = Literal["merged", "described", "evaluated", "gated", "decided", "approved", "rejected", "published"]
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 

@@ -17,7 +17,7 @@ from hydraopt.names import check_name
 from infra.approval_policy import ApprovalTerms
 from infra.approvers import Approvers
 from infra.object_store import ObjectStore
-from infra.records import Record, check_bundle, read_record, read_records
+from infra.records import Record, check_bundle, read_record
 from infra.signatures import key_id, open_signed
 
 APPROVAL = "hydraopt.approval/2"
@@ -47,6 +47,7 @@ class SignOff(BaseModel):
     policy_sha256: str = Field(description="Of the terms they signed.")
     gated_sha256: tuple[str, ...] = Field((), description="The gate records they signed.")
     gate_report_sha256: tuple[str, ...] = ()
+    described_sha256: tuple[str, ...] = Field((), description="The records of documents they signed.")
     records: tuple[str, ...] = Field((), description="SHA-256 of the records that count.")
     ignored: tuple[str, ...] = Field((), description="Why the others do not count, a sentence each.")
 
@@ -64,7 +65,7 @@ class SignOff(BaseModel):
 
 
 def count_approvals(
-    store: ObjectStore,
+    records: Iterable[Record],
     name: str,
     bundle_id: str,
     approvers: Approvers,
@@ -72,10 +73,10 @@ def count_approvals(
     *,
     released: datetime | None = None,
 ) -> SignOff:
-    """Count the approvals of a bundle. Needs no more than reading rights.
+    """Count the approvals of a bundle.
 
     Args:
-        store: Where.
+        records: Its records of approvals, oldest first.
         name: Bundle name.
         bundle_id: Bundle id.
         approvers: Whose word counts. With a policy, this one counts; without, each approval counts under the
@@ -86,7 +87,7 @@ def count_approvals(
     """
     check_bundle(name, bundle_id)
     valid, ignored = [], []
-    for record in read_records(store, name, bundle_id, "approved"):
+    for record in records:
         try:
             valid.append(open_approval(record, name, bundle_id, approvers))
         except RecordError as error:
@@ -102,7 +103,7 @@ def count_approvals(
 def released_at(store: ObjectStore, name: str, bundle_id: str) -> datetime:
     """When a bundle was first published; now, if no record says so (yet)."""
     record = read_record(store, name, bundle_id, "published")
-    return _moment(record.content.get("time")) if record else datetime.now(UTC)
+    return moment(record.content.get("time")) if record else datetime.now(UTC)
 
 
 def require(sign_off: SignOff, bundle_id: str, name: str) -> SignOff:
@@ -120,6 +121,18 @@ def require(sign_off: SignOff, bundle_id: str, name: str) -> SignOff:
         f"bundle {bundle_id} of {name!r} is not approved: {sign_off.missing}. "
         f"Run `hydraopt approve {bundle_id[:12]} --as WHO --key FILE`"
     )
+
+
+def check_description_signed(sign_off: SignOff, described_sha256: str, bundle_id: str) -> None:
+    """Refuse documents other than those that the approvers signed.
+
+    Raises:
+        RecordError: If somebody signed others.
+    """
+    if sign_off.described_sha256 != (described_sha256,):
+        raise RecordError(
+            f"the provenance or the bill of materials of bundle {bundle_id} was replaced after it was approved"
+        )
 
 
 def open_approval(record: Record, name: str, bundle_id: str, approvers: Approvers) -> Approval:
@@ -154,7 +167,7 @@ def open_approval(record: Record, name: str, bundle_id: str, approvers: Approver
     if payload.get("policy_sha256") != terms.sha256:
         raise RecordError(f"the approval of {who!r} names another policy than it holds: approve again")
     key = key_id(approvers.services[signer] if asserted else people[signer])
-    return Approval(who, key, asserted, _moment(payload.get("time")), terms, payload, record.sha256)
+    return Approval(who, key, asserted, moment(payload.get("time")), terms, payload, record.sha256)
 
 
 def _count(
@@ -187,13 +200,17 @@ def _count(
         by=tuple(one.who for one in counted.values()),
         asserted=tuple(one.who for one in counted.values() if one.asserted),
         policy_sha256=terms.sha256,
-        gated_sha256=tuple(dict.fromkeys(str(one.payload.get("gated_sha256")) for one in counted.values())),
-        gate_report_sha256=tuple(
-            dict.fromkeys(str(one.payload.get("gate_report_sha256")) for one in counted.values())
-        ),
+        gated_sha256=_said(counted.values(), "gated_sha256"),
+        gate_report_sha256=_said(counted.values(), "gate_report_sha256"),
+        described_sha256=_said(counted.values(), "described_sha256"),
         records=tuple(one.record_sha256 for one in counted.values()),
         ignored=tuple(reasons),
     )
+
+
+def _said(approvals: Iterable[Approval], field: str) -> tuple[str, ...]:
+    """What they signed under ``field``, each value once."""
+    return tuple(dict.fromkeys(str(one.payload.get(field)) for one in approvals))
 
 
 def _why_not(
@@ -219,11 +236,16 @@ def _out_of_time(one: Approval, terms: ApprovalTerms, at: datetime) -> str | Non
     return None
 
 
-def _moment(text: object) -> datetime:
+def moment(text: object) -> datetime:
+    """The moment that a record states.
+
+    Raises:
+        RecordError: If it is none.
+    """
     try:
-        moment = datetime.fromisoformat(str(text))
+        found = datetime.fromisoformat(str(text))
     except ValueError:
         raise RecordError(f"a record is dated {text!r}, which is no moment") from None
-    if moment.tzinfo is None:
+    if found.tzinfo is None:
         raise RecordError(f"a record is dated {text!r}, without a time zone")
-    return moment
+    return found

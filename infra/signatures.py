@@ -131,21 +131,30 @@ def key_id(key: Ed25519PrivateKey | Ed25519PublicKey) -> str:
     return hashlib.sha256(der).hexdigest()
 
 
-def sign(payload: Mapping[str, Any], key: Ed25519PrivateKey) -> dict[str, Any]:
+def sign(
+    payload: Mapping[str, Any], key: Ed25519PrivateKey, payload_type: str = PAYLOAD_TYPE
+) -> dict[str, Any]:
     """Return a DSSE envelope that holds ``payload`` as JSON, signed with ``key``."""
     body = json.dumps(dict(payload), sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
-    signature = key.sign(_signed_bytes(PAYLOAD_TYPE, body))
+    signature = key.sign(signed_bytes(payload_type, body))
     return {
-        "payloadType": PAYLOAD_TYPE,
+        "payloadType": payload_type,
         "payload": base64.b64encode(body).decode(),
         "signatures": [{"keyid": key_id(key), "sig": base64.b64encode(signature).decode()}],
     }
 
 
-def open_signed(envelope: object, trusted: Mapping[str, Ed25519PublicKey]) -> tuple[dict[str, Any], str]:
+def open_signed(
+    envelope: object, trusted: Mapping[str, Ed25519PublicKey] | None, payload_type: str = PAYLOAD_TYPE
+) -> tuple[dict[str, Any], str]:
     """The payload of an envelope and the name of the trusted key that signed it.
 
     Every trusted key is tried: the envelope's own ``keyid`` is a hint from a stranger.
+
+    Args:
+        envelope: The envelope's JSON value.
+        trusted: Public key by name. None: the envelope is vouched for otherwise, and the name is empty.
+        payload_type: What it must hold.
 
     Raises:
         RecordError: If this is no envelope, or no trusted key signed exactly these bytes.
@@ -156,9 +165,11 @@ def open_signed(envelope: object, trusted: Mapping[str, Ed25519PublicKey]) -> tu
         signatures = [base64.b64decode(one.sig, validate=True) for one in parsed.signatures]
     except (ValidationError, binascii.Error, ValueError):
         raise RecordError("a signed record is damaged: it is no DSSE envelope") from None
-    if parsed.payloadType != PAYLOAD_TYPE:
-        raise RecordError(f"a signed record is of type {parsed.payloadType!r}, expected {PAYLOAD_TYPE!r}")
-    signed = _signed_bytes(parsed.payloadType, body)
+    if parsed.payloadType != payload_type:
+        raise RecordError(f"a signed record is of type {parsed.payloadType!r}, expected {payload_type!r}")
+    if trusted is None:
+        return _payload(body), ""
+    signed = signed_bytes(parsed.payloadType, body)
     for who, key in trusted.items():
         if any(_holds(key, signature, signed) for signature in signatures):
             return _payload(body), who
@@ -187,7 +198,7 @@ def _payload(body: bytes) -> dict[str, Any]:
     return payload
 
 
-def _signed_bytes(payload_type: str, body: bytes) -> bytes:
+def signed_bytes(payload_type: str, body: bytes) -> bytes:
     """DSSE's pre-authentication encoding: lengths first, so that no two messages encode alike."""
     kind = payload_type.encode()
     return b"DSSEv1 %d %b %d %b" % (len(kind), kind, len(body), body)

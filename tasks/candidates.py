@@ -15,6 +15,8 @@ from infra.candidates import CandidateStatus, list_candidates
 from infra.evidence import Evidence, write_evidence, write_gate_report
 from infra.records import latest_record, read_record
 from infra.settings import Settings
+from infra.supply_chain.describe import describe_bundle
+from infra.supply_chain.service_key import service_key
 from tasks.desired import DesiredSet
 from tasks.store import object_store
 from tasks.verb import verb
@@ -35,6 +37,18 @@ def upload_candidate(settings: Settings, desired: DesiredSet, folder: Path) -> s
     store = object_store(settings)
     bundle_id = upload_bundle(store, desired.spec.name, folder)
     return claim_fingerprint(store, desired.spec.name, str(desired.fingerprint), bundle_id)
+
+
+@verb(task_run_name="describe bundle {desired.spec.name}")
+def describe_candidate(settings: Settings, desired: DesiredSet, bundle_id: str) -> None:
+    """Give the bundle its signed provenance and its bill of materials, unless it has them."""
+    describe_bundle(
+        object_store(settings),
+        desired.spec.name,
+        bundle_id,
+        fingerprint=str(desired.fingerprint),
+        key=service_key(settings.home),
+    )
 
 
 @verb(task_run_name="see what is measured of {desired.spec.name}")

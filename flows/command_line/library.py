@@ -219,16 +219,32 @@ def inspect(output: Output, paths: tuple[str, ...], plot: Path | None) -> dict[s
 
 @command("verify")
 @click.argument("bundle", type=click.Path(path_type=Path))
-def verify(output: Output, bundle: Path) -> dict[str, Any]:
-    """Check a bundle: digests, shapes, finite values.
+@click.option(
+    "--key",
+    "keys",
+    multiple=True,
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    help="A public key to trust, NAME.pem; without it, those below HYDRAOPT_HOME. May be repeated.",
+)
+def verify(output: Output, bundle: Path, keys: tuple[Path, ...]) -> dict[str, Any]:
+    """Check a bundle: digests, shapes, finite values; and, if they lie beside it, who vouches for it.
 
-    Example: hydraopt verify bundle
+    A pulled bundle has BUNDLE.release.json beside it: approvals, signed provenance, bill of materials. They are
+    checked without any server.
+
+    Example: hydraopt verify bundle --key ana.pem
     """
     import hydraopt
 
     manifest = hydraopt.verify(bundle)
     output.show(f"{bundle}: bundle {manifest.id} is whole, {len(manifest.tasks)} tasks")
-    return {"bundle_id": manifest.id, "tasks": list(manifest.task_names), "bytes": manifest.bytes_on_disk}
+    result = {"bundle_id": manifest.id, "tasks": list(manifest.task_names), "bytes": manifest.bytes_on_disk}
+    documents = bundle.resolve().with_name(f"{bundle.resolve().name}.release.json")
+    if not documents.is_file() and not keys:
+        return {**result, "signature": None}
+    from flows.command_line.signature import check_signature
+
+    return {**result, "signature": check_signature(output, manifest, documents, keys)}
 
 
 @command("export")

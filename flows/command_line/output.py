@@ -44,6 +44,7 @@ _EXTRA_OF_MODULE = {
     "mlflow": "pipeline",
     "boto3": "pipeline",
     "botocore": "pipeline",
+    "cyclonedx": "pipeline",
     "pydantic_settings": "pipeline",
     "filelock": "pipeline",
     "psutil": "pipeline",

@@ -69,13 +69,11 @@ def approve(
 
     Example: hydraopt approve 1f3a9c --as ana --key ana.pem
     """
-    from infra.approvals import makers
     from infra.approvers import approvers_of
     from infra.candidates import approve as sign
-    from infra.candidates import resolve
+    from infra.candidates import count, resolve
     from infra.object_store import ObjectStore
     from infra.settings import Settings
-    from infra.sign_off import count_approvals
     from infra.signatures import load_private_key
 
     settings = Settings.load()
@@ -84,8 +82,7 @@ def approve(
     bundle, whole_id = resolve(store, bundle_id, name)
     approvers = approvers_of(settings.home, bundle)
     signed = sign(store, bundle, whole_id, who, private, approvers)
-    made = makers(store, bundle, whole_id)
-    sign_off = count_approvals(store, bundle, whole_id, approvers, made)
+    sign_off = count(store, bundle, whole_id, approvers)
     output.show(f"{bundle} {whole_id[:12]} is approved by {signed['as']}: {sign_off.missing}")
     result = {"approval": signed, "approvals": len(sign_off.by), "needed": sign_off.needed, "released": None}
     if not release or not sign_off.complete:

@@ -21,6 +21,7 @@ from infra.approvers import Approvers
 from infra.bundle_store import upload_bundle
 from infra.evidence import write_evidence, write_gate_report
 from infra.object_store import ObjectStore
+from infra.supply_chain.describe import describe_bundle
 
 RANK, WIDTH = 4, 24
 RULES = GateRules(max_storage_ratio=1, max_task_drop_percent=5, max_mean_drop_percent=5, min_samples=50)
@@ -90,11 +91,12 @@ class Manager:
     name: str
     who: str
     key: Ed25519PrivateKey
+    service: Ed25519PrivateKey
     bundle_folder: Callable[[int], Path]
 
     @property
     def trusted(self) -> Approvers:
-        return Approvers({self.who: self.key.public_key()})
+        return Approvers({self.who: self.key.public_key()}, {"pipeline": self.service.public_key()})
 
     def merged(self, seed: int) -> str:
         return upload_bundle(self.store, self.name, self.bundle_folder(seed))
@@ -105,7 +107,8 @@ class Manager:
         return bundle_id, self.judge(bundle_id, value)
 
     def judge(self, bundle_id: str, value: float = 0.8) -> GateReport:
-        """Measure and judge a stored bundle of the tasks a and b."""
+        """Describe, measure and judge a stored bundle of the tasks a and b."""
+        describe_bundle(self.store, self.name, bundle_id, fingerprint="f" * 64, key=self.service)
         own = {task: measured(task) for task in ("a", "b")}
         write_evidence(
             self.store, self.name, bundle_id, own=own, merged={"a": measured("a"), "b": measured("b", value)}
@@ -121,4 +124,5 @@ class Manager:
 @pytest.fixture
 def manager(object_store: ObjectStore, unique_name: str, bundle_folder: Callable[[int], Path]) -> Manager:
     """Alice, who may approve, with a bundle name of her own."""
-    return Manager(object_store, unique_name, "alice", Ed25519PrivateKey.generate(), bundle_folder)
+    keys = (Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate())
+    return Manager(object_store, unique_name, "alice", *keys, bundle_folder)

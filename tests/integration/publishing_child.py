@@ -23,6 +23,7 @@ from infra.object_store import ObjectStore
 from infra.publishing import publish
 from infra.settings import Settings
 from infra.signatures import load_private_key
+from infra.supply_chain.describe import describe_bundle
 
 
 def release(store: ObjectStore, name: str, key_file: Path, folder: Path) -> None:
@@ -43,6 +44,7 @@ def release(store: ObjectStore, name: str, key_file: Path, folder: Path) -> None
         )
         for task in Bundle.load(folder).task_names
     }
+    describe_bundle(store, name, bundle_id, fingerprint="f" * 64, key=key)
     write_evidence(store, name, bundle_id, own=measured, merged=measured)
     write_gate_report(store, name, bundle_id, GateRules(max_storage_ratio=1))
     approve(store, name, bundle_id, "alice", key, trusted)

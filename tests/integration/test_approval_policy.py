@@ -12,13 +12,14 @@ import hydraopt
 from hydraopt.errors import RecordError, RefusedError
 from infra.adapter_store import store_adapter
 from infra.approval_policy import ApprovalPolicy
-from infra.approvals import approve, approve_asserted, read_sign_off, reject, verify_sign_off
+from infra.approvals import approve, approve_asserted, reject, verify_sign_off
 from infra.approvers import Approvers
-from infra.bundle_store import upload_bundle
+from infra.bundle_store import read_manifest, upload_bundle
 from infra.candidates import list_candidates
 from infra.publishing import publish, rollback
 from infra.records import canonical, record_key
 from infra.signatures import public_key_pem, sign
+from infra.supply_chain.release_file import read_release
 
 pytestmark = pytest.mark.integration
 
@@ -37,7 +38,8 @@ class Office:
     @property
     def approvers(self):
         public = {who: key.public_key() for who, key in self.keys.items()}
-        return Approvers(public, {"form": self.service.public_key()}, self.policy)
+        services = {"form": self.service.public_key(), **self.manager.trusted.services}
+        return Approvers(public, services, self.policy)
 
     def approve(self, bundle_id, who, approvers=None):
         where = self.manager.store, self.manager.name, bundle_id
@@ -63,6 +65,11 @@ class Office:
         record = record_key(self.manager.name, bundle_id, "approved")
         content = canonical({"signed": sign(payload, key or self.keys[who])})
         self.manager.store._client.put_object(Bucket=self.manager.store.bucket, Key=record, Body=content)
+
+
+def on_device(manager, bundle_id, approvers):
+    release = read_release(manager.store, manager.name, bundle_id)
+    return release.verify(read_manifest(manager.store, manager.name, bundle_id), approvers)
 
 
 def test_two_people_must_approve_and_then_it_is_published(manager):
@@ -193,7 +200,7 @@ def test_what_was_released_in_time_stays_good(manager):
     manager.store._client.put_object(Bucket=manager.store.bucket, Key=key, Body=body)
     office.policy = ApprovalPolicy(expires_days=5)
     assert rollback(manager.store, manager.name, "stable", office.approvers).live_version == 1
-    assert read_sign_off(manager.store, manager.name, ids[0], office.approvers).by == ("ana",)
+    assert on_device(manager, ids[0], office.approvers).by == ("ana",)
     with pytest.raises(RecordError):
         office.verify(ids[0])
 
@@ -253,6 +260,6 @@ def test_a_device_without_a_policy_counts_by_the_signed_one(manager):
     device = Approvers(office.approvers.keys)
     office.approve(bundle_id, "ana")
     with pytest.raises(RefusedError, match="1 of 2"):
-        read_sign_off(manager.store, manager.name, bundle_id, device)
+        on_device(manager, bundle_id, device)
     office.approve(bundle_id, "bo")
-    assert read_sign_off(manager.store, manager.name, bundle_id, device).complete
+    assert on_device(manager, bundle_id, device).complete

@@ -134,7 +134,7 @@ def test_approval_counts_for_one_name_only(manager):
         manager.store.create(key.replace(manager.name, elsewhere), manager.store.read(key)[0])
     data, _ = manager.store.read(manifest_key(manager.name, bundle_id))
     manager.store.create(manifest_key(elsewhere, bundle_id), data)
-    with pytest.raises(RecordError, match="made for something else"):
+    with pytest.raises(RecordError, match="another bundle than it holds"):
         verify_sign_off(manager.store, elsewhere, bundle_id, manager.trusted)
 
 

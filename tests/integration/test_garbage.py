@@ -16,6 +16,7 @@ from infra.garbage import collect_garbage
 from infra.object_store import ObjectStore
 from infra.publishing import promote, publish, rollback
 from infra.records import manifest_key
+from infra.supply_chain.release_file import parse_description, read_description
 
 pytestmark = pytest.mark.integration
 
@@ -49,6 +50,11 @@ def files(manager, bundle_id):
     return {entry.sha256 for entry in read_manifest(manager.store, manager.name, bundle_id).files().values()}
 
 
+def documents(manager, *ids):
+    named = [parse_description(read_description(manager.store, manager.name, one)) for one in ids]
+    return {ref.sha256 for one in named for ref in (one.provenance, one.bom)}
+
+
 def test_old_versions_go_and_everything_needed_stays(alone, adapter_folder, tmp_path):
     ids = [release(alone, seed) for seed in range(4)]
     waiting, refused = alone.judged(10)[0], alone.judged(11)[0]
@@ -62,6 +68,7 @@ def test_old_versions_go_and_everything_needed_stays(alone, adapter_folder, tmp_
     done = collect(alone)
     assert (done.blobs, done.bytes) == (found.blobs, found.bytes)
     kept = files(alone, ids[3]) | files(alone, ids[2]) | files(alone, waiting)
+    kept |= documents(alone, *ids, waiting, refused)
     assert blobs(alone) == kept | {ref.sha256 for ref in version.files.values()}
     assert rollback(alone.store, alone.name, "stable", alone.trusted).live_bundle_id == ids[2]
     assert fetch_adapter(alone.store, version, tmp_path / "cache").is_dir()

@@ -71,18 +71,22 @@ def approve_asserted(  # noqa: PLR0917 - the same sentence
     Raises:
         RefusedError: If the policy does not count such approvals, or as for :func:`approve`.
     """
-    check_name(who, "approver name")
-    terms = approvers.terms
-    if terms.asserted == 0:
-        raise RefusedError(
-            f"the policy of bundle {name!r} counts no approval from a form: use `hydraopt approve`, or give "
-            "`asserted: 1` in its approval section"
-        )
-    if terms.approvers is not None and who not in terms.approvers:
-        raise RefusedError(f"{who!r} may not approve {name!r}: its policy names {', '.join(terms.approvers)}")
+    _check_may_assert(who, name, approvers)
     if key_id(key) not in {key_id(one) for one in approvers.services.values()}:
         raise RefusedError("this service's key is not trusted here: an approval with it would not count")
     return _approve(store, name, bundle_id, who, key, approvers, asserted=True)
+
+
+def reject_asserted(  # noqa: PLR0917 - the same sentence, with a no
+    store: ObjectStore, name: str, bundle_id: str, who: str, reason: str, approvers: Approvers
+) -> dict[str, Any]:
+    """Reject for somebody who calls himself ``who`` in a form.
+
+    Raises:
+        RefusedError: If the policy does not count what a form is told, or as for :func:`reject`.
+    """
+    _check_may_assert(who, name, approvers)
+    return reject(store, name, bundle_id, who, reason)
 
 
 def reject(store: ObjectStore, name: str, bundle_id: str, who: str, reason: str) -> dict[str, Any]:
@@ -225,6 +229,20 @@ def _own(  # noqa: PLR0917 - private, and called once
             if approval.who == who:
                 return approval.payload
     return None
+
+
+def _check_may_assert(who: str, name: str, approvers: Approvers) -> None:
+    check_name(who, "approver name")
+    terms = approvers.terms
+    if terms.asserted == 0:
+        raise RefusedError(
+            f"the policy of bundle {name!r} counts nothing that a form is told: use `hydraopt approve`, or give "
+            "`asserted: 1` in its approval section"
+        )
+    if terms.approvers is not None and who not in terms.approvers:
+        raise RefusedError(
+            f"{who!r} may not decide on {name!r}: its policy names {', '.join(terms.approvers)}"
+        )
 
 
 def _check_is_no_maker(who: str, made: set[str], name: str, bundle_id: str, approvers: Approvers) -> None:

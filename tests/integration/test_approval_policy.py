@@ -240,7 +240,7 @@ def test_asserted_names_count_only_where_the_policy_says_so(manager):
     office.policy = ApprovalPolicy(needed=2)
     with pytest.raises(RefusedError, match="0 of 2"):
         office.verify(bundle_id)
-    with pytest.raises(RefusedError, match="counts no approval from a form"):
+    with pytest.raises(RefusedError, match="counts nothing that a form is told"):
         office.assert_name(bundle_id, "bo")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from prefect import flow
 
+from flows.approve_in_ui import open_form
 from flows.deployed_run import run_deployed
 from flows.release import release
 from hydraopt.errors import HydraoptError, ServiceError
@@ -24,6 +25,7 @@ from tasks.candidates import (
 )
 from tasks.desired import DesiredSet, read_desired
 from tasks.releasing import show_live
+from tasks.sign_off import asks_in_ui, candidate_status
 
 _FIXED_STEPS = 9
 """Task runs of a merge-set beside the two per adapter, for its progress bar."""
@@ -46,7 +48,7 @@ def reconcile() -> dict[str, Any]:
     """
     started = time.monotonic()
     settings = Settings.load().require_services()
-    desired = read_desired(settings)
+    desired = read_desired(settings, remember=True)
     problems: list[HydraoptError] = []
     bundles = {}
     for one in desired:
@@ -58,6 +60,9 @@ def reconcile() -> dict[str, Any]:
         with _held_back(problems):
             channel = channels.get(candidate.name, "stable")
             released.append(release(candidate.name, candidate.bundle_id, channel))
+    for name, bundle in bundles.items():
+        if bundle.get("passed") and asks_in_ui(settings, name):
+            _ask_in_ui(settings, name, bundle["bundle_id"])
     for name, channel in channels.items():
         show_live(settings, name, channel)
     if problems:
@@ -74,6 +79,12 @@ def _held_back(problems: list[HydraoptError]) -> Iterator[None]:
         raise
     except HydraoptError as problem:
         problems.append(problem)
+
+
+def _ask_in_ui(settings: Settings, name: str, bundle_id: str) -> None:
+    """Open the form for a candidate that waits; one that has a form gets no second one."""
+    if candidate_status(settings, name, bundle_id).state == "awaiting-approval":
+        open_form(name, bundle_id)
 
 
 def _signed_off(settings: Settings) -> list[CandidateStatus]:

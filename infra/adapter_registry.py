@@ -34,12 +34,13 @@ class AdapterRegistry:
         self._settings = settings
         self._client = client(settings)
 
-    def register(self, version: AdapterVersion, source_uri: str) -> int:
+    def register(self, version: AdapterVersion, source_uri: str, *, serve: bool = True) -> int:
         """Show ``version`` in MLflow and make it the serving one of its task; safe to repeat.
 
         Args:
             version: The adapter version, already in the object store.
             source_uri: Where its record is, such as ``s3://bucket/adapters/...``.
+            serve: Whether it becomes the serving one.
 
         Returns:
             MLflow's version number.
@@ -48,7 +49,7 @@ class AdapterRegistry:
             RecordError: If another base model and task already go by the same name.
         """
         with told_plainly(self._settings, f"registering adapter {version.task!r}"):
-            return despite_races(lambda: self._register(version, source_uri))
+            return despite_races(lambda: self._register(version, source_uri, serve=serve))
 
     def serving(self, base_model: str | None = None) -> dict[tuple[str, str], str]:
         """The adapter set: digest of the serving version by (base model, task).
@@ -100,7 +101,7 @@ class AdapterRegistry:
             self._client.delete_registered_model_alias(name, SERVING)
         return True
 
-    def _register(self, version: AdapterVersion, source_uri: str) -> int:
+    def _register(self, version: AdapterVersion, source_uri: str, *, serve: bool) -> int:
         name, tags = model_name(version.base_model, version.task), _tags(version)
         self._ensure_model(name, version.base_model, version.task)
         known = self._find(name, version.digest)
@@ -111,7 +112,8 @@ class AdapterRegistry:
         for key, value in tags.items():  # it may have been measured again since
             if known.tags.get(key) != value:
                 self._client.set_model_version_tag(name, known.version, key, value)
-        self._client.set_registered_model_alias(name, SERVING, known.version)
+        if serve:
+            self._client.set_registered_model_alias(name, SERVING, known.version)
         return int(known.version)
 
     def _models(self) -> Iterator[Any]:

@@ -117,11 +117,25 @@ def load_adapter_version(store: ObjectStore, base_model: str, task: str, digest:
     Raises:
         RecordError: If there is none, or the record is damaged or about something else.
     """
-    stored = _read(store, version_key(base_model, task, digest))
-    if stored is None:
+    version = find_adapter_version(store, base_model, task, digest)
+    if version is None:
         raise RecordError(
             f"the store has no adapter {digest} of task {task!r} for {base_model!r}: ingest it again"
         )
+    return version
+
+
+def find_adapter_version(
+    store: ObjectStore, base_model: str, task: str, digest: str
+) -> AdapterVersion | None:
+    """The recorded version, or None.
+
+    Raises:
+        RecordError: If the record is damaged or about something else.
+    """
+    stored = _read(store, version_key(base_model, task, digest))
+    if stored is None:
+        return None
     version = stored[0]
     if (version.base_model, version.task, version.digest) != (base_model, task, digest):
         raise RecordError(

@@ -15,12 +15,12 @@ from infra.adapter_store import (
     AdapterVersion,
     add_maker,
     fetch_adapter,
+    find_adapter_version,
     find_training,
-    load_adapter_version,
     note_training,
     store_adapter,
-    version_key,
 )
+from infra.serving_record import note_serving
 from infra.settings import Settings
 from tasks.jobs import Job, recorded_evaluation
 from tasks.store import object_store
@@ -54,10 +54,7 @@ def check_adapter(folder: Path) -> Adapter:
 @verb(task_run_name="look for adapter {task_name} {adapter.digest}")
 def find_stored(settings: Settings, adapter: Adapter, task_name: str) -> AdapterVersion | None:
     """The version this adapter is already stored as, if it is."""
-    store = object_store(settings)
-    if store.read(version_key(adapter.base_model, task_name, adapter.digest)) is None:
-        return None
-    return load_adapter_version(store, adapter.base_model, task_name, adapter.digest)
+    return find_adapter_version(object_store(settings), adapter.base_model, task_name, adapter.digest)
 
 
 @verb(task_run_name="evaluate {job.task.name}")
@@ -108,6 +105,7 @@ def note_maker(settings: Settings, version: AdapterVersion, made_by: str) -> Ada
 @verb(task_run_name="register adapter {version.task}")
 def register_adapter(settings: Settings, version: AdapterVersion) -> int:
     """Show the version in MLflow and make it the serving one of its task; returns MLflow's number."""
+    note_serving(object_store(settings), version.base_model, version.task, version.digest)
     return AdapterRegistry(settings).register(version, f"s3://{settings.s3_bucket}/{version.key}")
 
 

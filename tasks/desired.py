@@ -10,6 +10,7 @@ from infra.adapter_registry import AdapterRegistry
 from infra.adapter_store import AdapterVersion, load_adapter_version
 from infra.object_store import ObjectStore
 from infra.pipeline_spec import BundleSpec, desired_specs
+from infra.serving_record import copy_serving
 from infra.settings import Settings
 from tasks.store import object_store
 from tasks.verb import verb
@@ -27,10 +28,15 @@ class DesiredSet(BaseModel):
 
 
 @verb(task_run_name="read what is wanted")
-def read_desired(settings: Settings) -> list[DesiredSet]:
-    """Every bundle's desired set: what the registry says serves, in the versions the store holds."""
+def read_desired(settings: Settings, *, remember: bool = False) -> list[DesiredSet]:
+    """Every bundle's desired set: what the registry says serves, in the versions the store holds.
+
+    With ``remember`` what serves is copied to the store, from where a lost registry is brought back.
+    """
     serving = AdapterRegistry(settings).serving()
     store = object_store(settings)
+    if remember:
+        copy_serving(store, serving)
     base_models = sorted({base_model for base_model, _ in serving})
     return [
         _desired(

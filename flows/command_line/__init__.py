@@ -51,6 +51,8 @@ _RELEASE = {
     "keygen": "Make an approver's signing key.",
 }
 _STORE = {
+    "repair": "Make MLflow and Prefect show again what the store holds.",
+    "store": "Copy the whole object store into a folder, or back.",
     "gc": "Find files in the store that nothing needs, and remove them.",
 }
 

@@ -1,12 +1,14 @@
-"""Commands on the object store as a whole: garbage."""
+"""Commands on the object store as a whole: garbage, copies, and what others show of it."""
 
 from __future__ import annotations
 
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import click
 
+from flows.command_line.connected import connected
 from flows.command_line.output import Output, command
 
 
@@ -51,4 +53,75 @@ def gc(output: Output, delete: bool, older_than: float, keep_versions: int) -> d
     return found.model_dump(mode="json")
 
 
-__all__ = ["gc"]
+@command("repair")
+def repair(output: Output) -> dict[str, Any]:
+    """Make MLflow and Prefect show again what the store holds, after losing either's database.
+
+    Brings back adapters and which of them serve, bundles with their scores, aliases, and the pages' tables.
+    Deployments come back with `hydraopt up`.
+
+    Example: hydraopt repair
+    """
+    with connected(output):
+        from flows.repair import repair as repair_flow
+
+        result = repair_flow()
+    output.show(
+        f"shown again: {result['adapters']} adapter versions ({result['serving_brought_back']} serve again), "
+        f"{result['bundles']} bundles"
+    )
+    for name, channels in result["channels"].items():
+        for channel, version in channels.items():
+            output.show(f"{name}, channel {channel}: version {version} is live")
+    return result
+
+
+@click.group("store")
+def store() -> None:
+    """Copy the whole object store into a folder, or back.
+
+    Example: hydraopt store export /backup/store
+    """
+
+
+@command("export")
+@click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
+def export(output: Output, folder: Path) -> dict[str, Any]:
+    """Copy every object into FOLDER, each checked; a copy that is there is brought up to date.
+
+    Example: hydraopt store export /backup/store
+    """
+    from infra.store_copy import export_store
+
+    return _copy(output, export_store, folder, "holds")
+
+
+@command("restore")
+@click.argument("folder", type=click.Path(path_type=Path, file_okay=False, exists=True))
+def restore(output: Output, folder: Path) -> dict[str, Any]:
+    """Put the copy in FOLDER back into an empty store. Everything is checked before anything is written.
+
+    A restore that was interrupted goes on where it stopped. Then run `hydraopt repair`.
+
+    Example: hydraopt store restore /backup/store
+    """
+    from infra.store_copy import restore_store
+
+    return _copy(output, restore_store, folder, "is in the store:")
+
+
+store.add_command(export)
+store.add_command(restore)
+
+
+def _copy(output: Output, verb: Any, folder: Path, done: str) -> dict[str, Any]:
+    from infra.object_store import ObjectStore
+    from infra.settings import Settings
+
+    with output.progress() as progress:
+        copied = verb(ObjectStore(Settings.load()), folder.absolute(), progress)
+    output.show(f"{folder} {done} {copied.objects} objects, {copied.bytes:,} bytes; {copied.copied} were new")
+    return copied.model_dump(mode="json")
+
+
+__all__ = ["gc", "repair", "store"]

@@ -6,11 +6,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from hydraopt.bundle.layout import Manifest
 from hydraopt.errors import RecordError
-from infra.adapter_store import AdapterVersion, load_adapter_version, version_key
+from infra.adapter_store import AdapterVersion, find_adapter_version
 from infra.approvers import Approvers
 from infra.bundle_store import read_manifest
 from infra.object_store import ObjectStore
-from infra.records import Record, create_record, read_json, read_record
+from infra.records import Record, create_record, read_record
 from infra.supply_chain.bom import bill_of_materials
 from infra.supply_chain.provenance import makers, signed_provenance
 from infra.supply_chain.release_file import check_documents, parse_description, read_description
@@ -71,8 +71,5 @@ def check_description(
 def stored_adapters(store: ObjectStore, manifest: Manifest) -> dict[str, AdapterVersion]:
     """The recorded version of each adapter of a bundle; one that has no record is left out."""
     base = manifest.base_model.name
-    return {
-        task: load_adapter_version(store, base, task, digest)
-        for task, digest in manifest.adapters.items()
-        if read_json(store, version_key(base, task, digest)) is not None
-    }
+    found = {task: find_adapter_version(store, base, task, one) for task, one in manifest.adapters.items()}
+    return {task: version for task, version in found.items() if version is not None}

@@ -470,7 +470,7 @@ def _shade(value: float) -> str:
 
 def _bundle_similarity(bundle: Bundle) -> Similarity:
     from hydraopt.adapters.similarity import similarity
-    from hydraopt.bundle.export import pair
+    from hydraopt.bundle.chains import pair
 
     factors = {task: bundle.factors(task) for task in bundle.task_names}
     return similarity(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import grp
 import os
 import pwd
+import re
 import shutil
 import subprocess
 from collections.abc import Mapping
@@ -41,7 +42,7 @@ def program(name: str) -> str:
         ServiceError: If there is none that is new enough.
     """
     found = [
-        (int("".join(filter(str.isdigit, folder.parent.name)) or 0), folder / name)
+        (_major(folder.parent.name), folder / name)
         for place in _PLACES
         for folder in Path(place).glob("*/bin")
         if (folder / name).exists() and (folder / "initdb").exists()
@@ -57,6 +58,12 @@ def program(name: str) -> str:
             "same from your distribution"
         )
     return on_path
+
+
+def _major(folder: str) -> int:
+    """The major version in a folder's name, such as ``15``, ``9.6`` or ``postgresql@16``; 0 if there is none."""
+    number = re.search(r"\d+", folder)
+    return int(number[0]) if number else 0
 
 
 def run_as() -> User | None:

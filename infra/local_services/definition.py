@@ -15,6 +15,8 @@ from hydraopt.errors import ServiceError
 from infra.local_services.database import User
 from infra.settings import PREFIX
 
+TEMPORARY_FOLDER = "tmp"
+
 _CODE = Path(__file__).resolve().parents[2]
 """Folder that holds our packages: an executor started elsewhere must import the same code."""
 
@@ -66,10 +68,15 @@ def clean_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
 
 
-def python_path() -> str:
-    """``PYTHONPATH`` with which a process started anywhere imports this code."""
+def executor_variables(home: Path) -> dict[str, str]:
+    """What a process that executes flows needs to know of this machine.
+
+    It imports the same code wherever it is started, and keeps its temporary files below the home: Prefect's folder
+    in a shared one belongs to whoever used it first.
+    """
     given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    return os.pathsep.join([str(_CODE), *(str(Path(path).absolute()) for path in given if path)])
+    paths = [str(_CODE), *(str(Path(path).absolute()) for path in given if path)]
+    return {"PYTHONPATH": os.pathsep.join(paths), "TMPDIR": str(home / TEMPORARY_FOLDER)}
 
 
 def installed(name: str, title: str, package: str) -> str:

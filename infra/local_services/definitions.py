@@ -13,8 +13,8 @@ from infra.local_services.definition import (
     Definition,
     bare_environment,
     clean_environment,
+    executor_variables,
     installed,
-    python_path,
 )
 from infra.local_services.ports import GRPC_OFFSET, HOST
 from infra.local_services.processes import MARK, mark
@@ -142,7 +142,7 @@ def runner(settings: Settings) -> Definition:
     address = (settings.prefect_api_url or "").removesuffix("/api")
     variables = {
         **settings.environment(),
-        "PYTHONPATH": python_path(),
+        **executor_variables(settings.home),
         MARK: mark(settings.home, "runner"),
     }
     inherited = dict(os.environ)

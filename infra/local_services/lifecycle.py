@@ -11,6 +11,7 @@ from filelock import FileLock, Timeout
 
 from hydraopt.errors import ServiceError
 from infra.local_services import health, processes
+from infra.local_services.definition import TEMPORARY_FOLDER
 from infra.local_services.definitions import define
 from infra.local_services.profiles import EXECUTORS, SERVICES, Profile
 from infra.local_services.role_files import write_role_files
@@ -159,7 +160,7 @@ def _prepare(home: Path) -> Path:
     try:
         if not home.is_dir():
             home.mkdir(parents=True, mode=0o700)
-        for folder in ("logs", "store", "prefect", "mlflow-artifacts"):
+        for folder in ("logs", "store", "prefect", "mlflow-artifacts", TEMPORARY_FOLDER):
             (home / folder).mkdir(exist_ok=True, mode=0o700)
         ignore = home / ".gitignore"
         if not ignore.exists():

@@ -13,8 +13,8 @@ from infra.local_services.definition import (
     Definition,
     bare_environment,
     clean_environment,
+    executor_variables,
     installed,
-    python_path,
 )
 from infra.local_services.pools import POOLS, service_of
 from infra.local_services.ports import HOST
@@ -129,7 +129,7 @@ def _worker(here: Place, settings: Settings, name: str) -> Definition:
     blueprint = production.worker(here, settings, pool)
     address = (settings.prefect_api_url or "").removesuffix("/api")
     login = settings.prefect_auth.get_secret_value() if settings.prefect_auth is not None else None
-    variables = {**blueprint.variables, "PYTHONPATH": python_path(), MARK: mark(settings.home, name)}
+    variables = {**blueprint.variables, **executor_variables(settings.home), MARK: mark(settings.home, name)}
     return Definition(
         name,
         None,

@@ -77,6 +77,18 @@ def test_a_port_whose_grpc_twin_is_busy_is_passed_over():
         assert ports.choose({"s3": port}, with_grpc=True)["s3"] > port
 
 
+def test_a_port_with_another_users_socket_is_passed_over(monkeypatch, tmp_path):
+    """SeaweedFS would wait two minutes for it and then end."""
+    (tmp_path / "seaweedfs-master-grpc-31000.sock").touch()
+    monkeypatch.setattr(ports, "_SOCKETS", tmp_path)
+    owner = (tmp_path / "seaweedfs-master-grpc-31000.sock").stat().st_uid
+    monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+    assert ports.choose({"master": 21000}, with_grpc=True)["master"] == 21001
+    assert ports.choose({"http": 21000}) == {"http": 21000}
+    monkeypatch.setattr(os, "geteuid", lambda: owner)
+    assert ports.choose({"master": 21000}, with_grpc=True)["master"] == 21000
+
+
 def test_no_two_roles_share_a_port():
     chosen = ports.choose({"a": 21000, "b": 21000, "c": 31000}, with_grpc=True)
     assert len({*chosen.values(), *(port + ports.GRPC_OFFSET for port in chosen.values())}) == 6

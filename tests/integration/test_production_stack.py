@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -16,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
+import infra
 from hydraopt.errors import HydraoptError, ServiceError
 from infra import local_services
 from infra.local_services import database, processes
@@ -201,6 +203,48 @@ def test_deployments_are_those_of_the_file(stack):
             assert limit is None
         else:
             assert (limit["limit"], options["collision_strategy"]) == (1, "ENQUEUE")
+
+
+def test_prefects_own_command_takes_the_file(stack, tmp_path):
+    """`prefect deploy` makes what the workers made: the file is no dialect of ours."""
+    facts = (
+        "name",
+        "entrypoint",
+        "work_pool_name",
+        "schedules",
+        "concurrency_options",
+        "pull_steps",
+        "parameters",
+    )
+    compared = [*facts, "global_concurrency_limit"]
+
+    def held() -> list[Any]:
+        entries = api(stack.home, "deployments/filter", {})
+        return sorted((entry["name"], [clean(entry[fact]) for fact in compared]) for entry in entries)
+
+    def clean(value: Any) -> Any:
+        """Without what changes whenever something is written."""
+        if isinstance(value, list):
+            return [clean(one) for one in value]
+        if isinstance(value, dict):
+            kept = {
+                key: one
+                for key, one in value.items()
+                if key not in {"id", "created", "updated", "anchor_date"}
+            }
+            return {key: clean(one) for key, one in kept.items()}
+        return value
+
+    before = held()
+    settings = Settings.load(stack.home)
+    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file"]
+    done = subprocess.run(
+        [*command, str(Path(infra.__file__).with_name("prefect.yaml"))],
+        env={**os.environ, **settings.environment(), **settings.passwords()},
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert held() == before
 
 
 def test_a_device_pulls_with_the_readers_key(stack, released, tmp_path):

@@ -188,16 +188,17 @@ def test_the_pools_do_their_own_work(stack, reconciled):
     assert expected in (stack.home / "logs" / "worker-gpu.log").read_text()
 
 
-def test_deployments_are_those_of_the_file(stack):
-    """Pool, schedule and limit as the server holds them."""
+def check_deployments(home: Path) -> None:
+    """The server's deployments are those of the file: code, pool, schedule and limit."""
     from flows.deployments import read_entries
 
-    held = {entry["name"]: entry for entry in api(stack.home, "deployments/filter", {})}
+    held = {entry["name"]: entry for entry in api(home, "deployments/filter", {})}
     assert held.keys() == {entry.name for entry in read_entries()}
     for entry in read_entries():
         one = held[entry.name]
-        assert one["work_pool_name"] == entry.work_pool.name
-        assert len(one["schedules"]) == len(entry.schedules)
+        assert (one["entrypoint"], one["work_pool_name"]) == (entry.entrypoint, entry.work_pool.name)
+        planned = [schedule["schedule"].get("interval") for schedule in one["schedules"]]
+        assert planned == [every.interval for every in entry.schedules]
         limit, options = one["global_concurrency_limit"], one["concurrency_options"]
         if entry.concurrency_limit is None:
             assert limit is None
@@ -205,46 +206,21 @@ def test_deployments_are_those_of_the_file(stack):
             assert (limit["limit"], options["collision_strategy"]) == (1, "ENQUEUE")
 
 
-def test_prefects_own_command_takes_the_file(stack, tmp_path):
-    """`prefect deploy` makes what the workers made: the file is no dialect of ours."""
-    facts = (
-        "name",
-        "entrypoint",
-        "work_pool_name",
-        "schedules",
-        "concurrency_options",
-        "pull_steps",
-        "parameters",
-    )
-    compared = [*facts, "global_concurrency_limit"]
-
-    def held() -> list[Any]:
-        entries = api(stack.home, "deployments/filter", {})
-        return sorted((entry["name"], [clean(entry[fact]) for fact in compared]) for entry in entries)
-
-    def clean(value: Any) -> Any:
-        """Without what changes whenever something is written."""
-        if isinstance(value, list):
-            return [clean(one) for one in value]
-        if isinstance(value, dict):
-            kept = {
-                key: one
-                for key, one in value.items()
-                if key not in {"id", "created", "updated", "anchor_date"}
-            }
-            return {key: clean(one) for key, one in kept.items()}
-        return value
-
-    before = held()
+def test_workers_and_prefects_own_command_make_the_same_deployments(stack, tmp_path):
+    """The file is no dialect of ours: `prefect deploy` takes it, too."""
+    check_deployments(stack.home)
     settings = Settings.load(stack.home)
     command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file"]
     done = subprocess.run(
         [*command, str(Path(infra.__file__).with_name("prefect.yaml"))],
         env={**os.environ, **settings.environment(), **settings.passwords()},
-        cwd=tmp_path, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert held() == before
+    check_deployments(stack.home)
 
 
 def test_a_device_pulls_with_the_readers_key(stack, released, tmp_path):

@@ -427,6 +427,7 @@ def _inspect_bundle(output: Output, bundle: Bundle, plot: Path | None) -> dict[s
         "tasks": {
             task: {
                 "adapter": entry.adapter,
+                "kind": entry.kind,
                 "bytes": entry.file.bytes,
                 "relative_error": entry.relative_error,
                 "extras": sorted(bundle.extras(task)),

@@ -24,6 +24,7 @@ from tasks.candidates import (
     show_candidate,
 )
 from tasks.desired import DesiredSet, read_desired
+from tasks.notifying import note_reconciled
 from tasks.releasing import show_live
 from tasks.sign_off import asks_in_ui, candidate_status
 
@@ -67,6 +68,7 @@ def reconcile() -> dict[str, Any]:
         show_live(settings, name, channel)
     if problems:
         raise type(problems[0])("; ".join(str(problem) for problem in problems))
+    note_reconciled(settings)
     return {"bundles": bundles, "released": released, "seconds": round(time.monotonic() - started, 3)}
 
 

@@ -40,6 +40,7 @@ class CandidateStatus(BaseModel):
     mean_drop_percent: float | None = Field(None, description="Mean loss of the tasks' metrics, percent.")
     failures: tuple[str, ...] = Field((), description="What the gates found wrong.")
     decided_by: str | None = Field(None, description="Who approved or rejected it.")
+    decided_at: str | None = Field(None, description="UTC time.")
     reason: str | None = Field(None, description="Why it was rejected.")
     approvals: int | None = Field(None, description="How many approvals count; None where nobody counted.")
     approvals_needed: int | None = Field(None, description="How many the policy wants.")
@@ -127,6 +128,7 @@ def _status(
             mean_drop_percent=report.mean_drop_percent if report else None,
             failures=tuple(one.reason for one in report.verdicts if not one.passed) if report else (),
             decided_by=decided.get("as"),
+            decided_at=decided.get("time"),
             reason=content("rejected").get("reason"),
             approvals=len(sign_off.by) if sign_off else None,
             approvals_needed=sign_off.needed if sign_off else None,

@@ -27,7 +27,7 @@ _ONLY_PASSWORDS = (
     "prefect_password",
 )
 _PREFIX_OF_ROLE = {"publisher": "s3", "trainer": "trainer", "reader": "reader"}
-_TRAINER_WRITES = ("adapters/*", "blobs/*", "self-test/*", "trainings/*")
+_TRAINER_WRITES = ("adapters/*", "blobs/*", "self-test/*", "serving/*", "trainings/*")
 
 
 def fresh_store_secrets() -> dict[str, str]:

@@ -48,6 +48,7 @@ _RELEASE = {
     "promote": "Publish what one channel shows to another.",
     "rollback": "Move a channel back to an earlier version.",
     "pull": "Fetch the live bundle as a device does: only what changed.",
+    "notify": "Have releases, candidates and silence told by mail, Slack or a web hook.",
     "keygen": "Make an approver's signing key.",
 }
 _STORE = {

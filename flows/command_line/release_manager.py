@@ -183,6 +183,28 @@ def pull(output: Output, name: str, channel: str, out: Path) -> dict[str, Any]:
     return {**pulled.model_dump(mode="json"), "out": out}
 
 
+@command("notify")
+@click.argument("name")
+@click.option("--url-file", required=True, type=_KEPT_FILE, help="File whose only line is the URL; a secret.")
+def notify(output: Output, name: str, url_file: Path) -> dict[str, Any]:
+    """Keep an Apprise URL (mailtos://, slack://, jsons:// ...) in Prefect under NAME, and send a test message there.
+
+    List it in HYDRAOPT_HOME/notifications.yaml as `tell: [apprise-url/NAME]`, and the flow `watch` tells what
+    happens: candidates, releases, drift, silence.
+
+    Example: hydraopt notify releases --url-file url.txt
+    """
+    from hydraopt.names import check_name
+
+    check_name(name, "name of a notification block")
+    with connected(output):
+        from tasks.notifying import save_url
+
+        save_url(name, url_file.read_text(encoding="utf-8").strip())
+    output.show(f"apprise-url/{name} works: a test message is on its way")
+    return {"block": f"apprise-url/{name}"}
+
+
 @command("keygen")
 @click.argument("who")
 @click.option("--key", required=True, type=_FILE, help="Where to write the private key.")

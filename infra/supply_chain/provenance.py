@@ -97,7 +97,13 @@ def open_provenance(
         content = json.loads(envelope)
     except ValueError:
         raise RecordError(f"the provenance of bundle {bundle_id} is damaged: it is no JSON") from None
-    statement, _ = open_signed(content, services or None, PAYLOAD_TYPE)
+    try:
+        statement, _ = open_signed(content, services or None, PAYLOAD_TYPE)
+    except RecordError as error:
+        raise RecordError(
+            f"the provenance of bundle {bundle_id}: {error}. If a worker with a home of its own merged it, copy the "
+            "worker's services/*.pem into this home's"
+        ) from None
     try:
         definition = statement["predicate"]["buildDefinition"]
         parameters = dict(definition["externalParameters"])

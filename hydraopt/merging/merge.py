@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import Executor
 from pathlib import Path
 
 import torch
@@ -39,6 +40,7 @@ def merge(
     seed: int | None = None,
     keep_shared: Bundle | Path | str | None = None,
     metrics: SecondMoments | None = None,
+    executor: Executor | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
     """Merge the adapters of one base model into a bundle.
@@ -80,6 +82,9 @@ def merge(
         metrics: Second moments ``C`` of modules' inputs, from :mod:`hydraopt.evaluation.calibration`. Then
             ``|(dW - merged) C^(1/2)|`` is what is minimised, weights included. Reported errors stay plain. Families
             that share the output side are left aside: ``C`` belongs to the input side.
+        executor: Where modules are worked on: None is a thread per core of this process; else anything with the
+            interface of :class:`concurrent.futures.Executor` that can pickle closures and sees the adapters' folders,
+            such as ``dask.distributed.Client(...).get_executor()``. The result is the same.
         progress: Called with (done, total, what).
 
     Raises:
@@ -124,7 +129,7 @@ def merge(
         raise BudgetError(f"heads={recipe.heads} is more than one for each of {len(opened)} tasks")
     if recipe.method in ONE_FOR_ALL and recipe.rank is None:
         recipe = recipe.model_copy(update={"rank": largest_input_rank(opened)})
-    return MergeRun(opened, recipe, where, report, metrics).run()
+    return MergeRun(opened, recipe, where, report, metrics, executor=executor).run()
 
 
 def make_recipe(**settings: object) -> Recipe:

@@ -1,12 +1,14 @@
-"""Modules are independent: one thread each, every operation inside it single-threaded.
+"""Modules are independent: one worker each, every operation inside it single-threaded.
 
-So results do not depend on the number of threads, and small matrices do not wait for one another's barriers.
+So results do not depend on the number of workers, and small matrices do not wait for one another's barriers.
+Workers are threads unless an executor is given: any of :mod:`concurrent.futures`' kind that can pickle closures, as
+a Dask client's can.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -16,20 +18,40 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def in_order(function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
-    """``map`` over a pool of ``torch.get_num_threads()`` threads; only that many items are in memory at once.
+_AHEAD = 16
+"""Items an executor of unknown size is handed before the first result is taken."""
+
+
+def in_order(
+    function: Callable[[Item], Result], items: Sequence[Item], executor: Executor | None = None
+) -> Iterator[Result]:
+    """``map`` over workers; only a few items are in memory at once.
+
+    Args:
+        function: What to do with an item.
+        items: The items.
+        executor: Runs the function elsewhere; None is a pool of ``torch.get_num_threads()`` threads.
 
     Yields:
         The results in the order of ``items``.
     """
+    if executor is not None:
+        yield from _through(executor, function, items, _AHEAD)
+        return
     with _single_threaded_operations() as threads, ThreadPoolExecutor(threads) as pool:
-        pending: list[Future[Result]] = []
-        for item in items:
-            pending.append(pool.submit(_run_alone, function, item))
-            if len(pending) > threads:
-                yield pending.pop(0).result()
-        for future in pending:
-            yield future.result()
+        yield from _through(pool, function, items, threads)
+
+
+def _through(
+    executor: Executor, function: Callable[[Item], Result], items: Sequence[Item], ahead: int
+) -> Iterator[Result]:
+    pending: list[Future[Result]] = []
+    for item in items:
+        pending.append(executor.submit(_run_alone, function, item))
+        if len(pending) > ahead:
+            yield pending.pop(0).result()
+    for future in pending:
+        yield future.result()
 
 
 def _run_alone(function: Callable[[Item], Result], item: Item) -> Result:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import cached_property
 from typing import TypeVar
 
@@ -63,6 +63,7 @@ class MergeRun:
         device: Where to compute.
         progress: Called with (done, total, what).
         metrics: Second moment of the inputs of some modules, (d_in, d_in) by name, from calibration data.
+        executor: Where modules are worked on; None is threads of this process.
 
     Raises:
         BudgetError: If there are metrics and the method has no use for them.
@@ -75,6 +76,8 @@ class MergeRun:
         device: torch.device,
         progress: Progress,
         metrics: Mapping[str, Tensor] | None = None,
+        *,
+        executor: Executor | None = None,
     ) -> None:
         self.adapters = adapters
         self.recipe = recipe
@@ -85,14 +88,21 @@ class MergeRun:
                 f"calibration data is not for the method {recipe.method!r}, which measures no inputs"
             )
         self.metrics = metrics or {}
+        self.executor = executor
         self.tasks = tuple(adapters)
         self.modules = module_names(adapters)
         self.dtype: torch.dtype = getattr(torch, recipe.dtype)
         self.assembly = Assembly(adapters, recipe, self.modules)
 
+    def __getstate__(self) -> dict[str, object]:
+        """What a worker elsewhere needs: not who is told of the progress, nor the executor itself."""
+        return {**self.__dict__, "progress": None, "executor": None}
+
     def under(self, recipe: Recipe) -> MergeRun:
         """The same set under another recipe with the same relative weights; what was found of the tasks is kept."""
-        other = MergeRun(self.adapters, recipe, self.device, self.progress, self.metrics)
+        other = MergeRun(
+            self.adapters, recipe, self.device, self.progress, self.metrics, executor=self.executor
+        )
         other.__dict__["_spectra"] = self._spectra
         return other
 
@@ -371,9 +381,9 @@ class MergeRun:
     def _each(
         self, function: Callable[[Item], Result], items: Sequence[Item], what: str, *, exact: bool = False
     ) -> Iterator[Result]:
-        """``map`` over threads, with progress."""
+        """``map`` over workers, with progress."""
         with bfloat16_products(allowed=self._is_bfloat16 and not exact):
-            for done, result in enumerate(in_order(function, items)):
+            for done, result in enumerate(in_order(function, items, self.executor)):
                 self.progress(done, len(items), what)
                 yield result
         self.progress(len(items), len(items), what)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from itertools import pairwise
 
+import cloudpickle
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -151,6 +154,25 @@ def test_threads_do_not_change_a_bit(workshop):
     finally:
         torch.set_num_threads(before)
     assert ids[0] == ids[1]
+
+
+class Elsewhere(ProcessPoolExecutor):
+    """Processes that take closures, as distributed executors do."""
+
+    def submit(self, function, /, *arguments):
+        return super().submit(run_pickled, cloudpickle.dumps((function, arguments)))
+
+
+def run_pickled(packed):
+    function, arguments = cloudpickle.loads(packed)
+    return function(*arguments)
+
+
+def test_workers_elsewhere_do_not_change_a_bit(workshop):
+    folders = big_enough(workshop, 3)
+    with Elsewhere(1, mp_context=multiprocessing.get_context("spawn")) as executor:
+        there = hydraopt.merge(folders, budget=0.3, executor=executor)
+    assert there.id == hydraopt.merge(folders, budget=0.3).id
 
 
 def test_error_falls_as_the_budget_grows(workshop):

@@ -21,6 +21,7 @@ from tasks.adapters import (
 )
 from tasks.artifacts import show_adapter
 from tasks.jobs import job_from_file, recorded_evaluation
+from tasks.stale_runs import stay_alive
 from tasks.store import check_store
 
 
@@ -36,6 +37,7 @@ def finetune_task(task_file: Path, made_by: str | None = None) -> dict[str, Any]
         made_by: Who asked for it: a policy may forbid that person to approve a bundle with it.
     """
     settings = Settings.load().require_services()
+    stay_alive(settings)
     check_store(settings)
     job = job_from_file(task_file)
 

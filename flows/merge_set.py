@@ -24,8 +24,9 @@ from tasks.merging import (
     evaluate_alone,
     evaluate_merged,
     merge_adapters,
-    only_merge_on_this_host,
 )
+from tasks.one_merge import only_merge
+from tasks.stale_runs import stay_alive
 from tasks.store import check_store
 
 
@@ -40,8 +41,9 @@ def merge_set(bundle: str) -> dict[str, Any]:
         bundle: Name of the bundle.
     """
     settings = Settings.load().require_services()
+    stay_alive(settings)
     check_store(settings)
-    with only_merge_on_this_host(settings):
+    with only_merge(settings):
         desired = find_desired(read_desired(settings), bundle)
         if desired.fingerprint is None:
             return {"bundle": bundle, "waiting_for": list(desired.waiting_for)}

@@ -27,6 +27,7 @@ from tasks.desired import DesiredSet, read_desired
 from tasks.notifying import note_reconciled
 from tasks.releasing import show_live
 from tasks.sign_off import asks_in_ui, candidate_status
+from tasks.stale_runs import close_dead_runs
 
 _FIXED_STEPS = 9
 """Task runs of a merge-set beside the two per adapter, for its progress bar."""
@@ -49,6 +50,7 @@ def reconcile() -> dict[str, Any]:
     """
     started = time.monotonic()
     settings = Settings.load().require_services()
+    close_dead_runs(settings)
     desired = read_desired(settings, remember=True)
     problems: list[HydraoptError] = []
     bundles = {}

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
-
-import filelock
 
 import hydraopt
 from hydraopt.bundle.layout import MANIFEST_FILE
-from hydraopt.errors import BundleError, ServiceError
+from hydraopt.errors import BundleError
 from hydraopt.evaluation.evaluate import evaluate_adapter, evaluate_bundle_tasks
 from hydraopt.evaluation.result import Evaluation
 from hydraopt.merging.recipe import MADE_FROM
@@ -26,24 +22,6 @@ from tasks.desired import DesiredSet
 from tasks.jobs import Job, recorded_evaluation, recorded_job
 from tasks.store import object_store
 from tasks.verb import progress, verb
-
-_LONGEST_MERGE_S = 6 * 3600
-
-
-@contextlib.contextmanager
-def only_merge_on_this_host(settings: Settings) -> Iterator[None]:
-    """Hold the host's merge lock: Prefect's limit alone does not stop a run it believes dead.
-
-    Raises:
-        ServiceError: If another merge holds it for six hours.
-    """
-    path = settings.home / "locks" / "merge-set.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with filelock.FileLock(path, timeout=_LONGEST_MERGE_S):
-            yield
-    except filelock.Timeout:
-        raise ServiceError(f"another merge-set has held {path} for hours: stop that process") from None
 
 
 @verb(task_run_name="merge {desired.spec.name}")

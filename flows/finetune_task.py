@@ -19,6 +19,7 @@ from tasks.adapters import (
     register_adapter,
     train_adapter,
 )
+from tasks.announcing import announce
 from tasks.artifacts import show_adapter
 from tasks.jobs import job_from_file, recorded_evaluation
 from tasks.stale_runs import stay_alive
@@ -58,5 +59,6 @@ def finetune_task(task_file: Path, made_by: str | None = None) -> dict[str, Any]
             made_by=made_by,
         )
     result = {**describe_version(version, register_adapter(settings, version)), "trained": trained}
+    announce(version)
     show_adapter(result)
     return result

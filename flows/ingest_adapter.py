@@ -17,6 +17,7 @@ from tasks.adapters import (
     keep_adapter,
     register_adapter,
 )
+from tasks.announcing import announce
 from tasks.artifacts import show_adapter
 from tasks.jobs import job_from_file, serving_job
 from tasks.sources import fetch_source
@@ -58,5 +59,6 @@ def ingest_adapter(
         made_by=made_by,
     )
     result = {**describe_version(version, register_adapter(settings, version)), "known": known is not None}
+    announce(version)
     show_adapter(result)
     return result

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
 from prefect import flow
+from pydantic import Field
 
 from flows.approve_in_ui import open_form
 from flows.deployed_run import run_deployed
@@ -28,17 +29,24 @@ from tasks.notifying import note_reconciled
 from tasks.releasing import show_live
 from tasks.sign_off import asks_in_ui, candidate_status
 from tasks.stale_runs import close_dead_runs
+from tasks.waiting_runs import close_waiting, reconciles_that_wait
 
+_LONGEST_SETTLE_S = 60.0
+_Seconds = Annotated[float, Field(ge=0, le=_LONGEST_SETTLE_S)]
 _FIXED_STEPS = 9
 """Task runs of a merge-set beside the two per adapter, for its progress bar."""
 
 
 @flow(name="reconcile")
-def reconcile() -> dict[str, Any]:
+def reconcile(settle_s: _Seconds = 0) -> dict[str, Any]:
     """Compare what serves with what was merged; merge what is new, release what was signed off.
 
     Works on levels, not on events: a schedule, a person and a retry after a crash all end in the same
     place. When nothing changed it merges nothing and takes about a second.
+
+    Args:
+        settle_s: Wait until nothing was registered for so many seconds, at most a minute: adapters that come
+            one after another are merged once.
 
     Returns:
         ``bundles``: by name, its ``state`` (``unchanged``, ``merged``, ``waiting`` for adapters or
@@ -51,7 +59,7 @@ def reconcile() -> dict[str, Any]:
     started = time.monotonic()
     settings = Settings.load().require_services()
     close_dead_runs(settings)
-    desired = read_desired(settings, remember=True)
+    desired = _settled(settings, settle_s)
     problems: list[HydraoptError] = []
     bundles = {}
     for one in desired:
@@ -72,6 +80,19 @@ def reconcile() -> dict[str, Any]:
         raise type(problems[0])("; ".join(str(problem) for problem in problems))
     note_reconciled(settings)
     return {"bundles": bundles, "released": released, "seconds": round(time.monotonic() - started, 3)}
+
+
+def _settled(settings: Settings, quiet_s: float) -> list[DesiredSet]:
+    """What is wanted, once that has not changed for ``quiet_s`` seconds, or as it is after a minute."""
+    end = time.monotonic() + _LONGEST_SETTLE_S
+    waiting, desired = reconciles_that_wait(), read_desired(settings, remember=True)
+    while quiet_s and time.monotonic() < end:
+        time.sleep(quiet_s)
+        before, waiting, desired = desired, reconciles_that_wait(), read_desired(settings, remember=True)
+        if before == desired:
+            break
+    close_waiting(waiting)
+    return desired
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from flows.deployments import DeploymentEntry, read_entries
+from infra.change_events import set_changed
 
 ENTRY = {"name": "reconcile", "entrypoint": "flows.reconcile.reconcile", "work_pool": {"name": "cpu"}}
 
@@ -13,7 +14,15 @@ ENTRY = {"name": "reconcile", "entrypoint": "flows.reconcile.reconcile", "work_p
 def test_every_flow_is_a_deployment_of_its_own_name():
     """Callers start `NAME/NAME`, and a worker imports the entry point."""
     made = {entry.name: entry.deployment() for entry in read_entries()}
-    assert set(made) >= {"ingest-adapter", "finetune-task", "merge-set", "reconcile", "release", "rollback"}
+    assert set(made) >= {
+        "ingest-adapter",
+        "finetune-task",
+        "merge-set",
+        "reconcile",
+        "retrain",
+        "release",
+        "rollback",
+    }
     for name, deployment in made.items():
         assert deployment.flow_name == name
         assert ":" not in deployment.entrypoint  # by module: no folder has to be the right one
@@ -24,11 +33,11 @@ def test_what_computes_runs_on_the_gpu_pool():
     assert len(read_entries("gpu")) + len(read_entries("cpu")) == len(read_entries())
 
 
-def test_reconcile_and_merge_set_queue_behind_themselves():
+def test_reconcile_retrain_and_merge_set_queue_behind_themselves():
     """CANCEL_NEW would lose the change that arrives while a merge runs."""
     for entry in read_entries():
         deployment = entry.deployment()
-        if entry.name in {"reconcile", "merge-set"}:
+        if entry.name in {"reconcile", "retrain", "merge-set"}:
             assert deployment.concurrency_limit == 1
             assert deployment.concurrency_options.collision_strategy.value == "ENQUEUE"
         else:
@@ -39,6 +48,16 @@ def test_reconcile_runs_every_five_minutes():
     schedules = {entry.name: entry.deployment().schedules for entry in read_entries()}
     (every,) = schedules.pop("reconcile")
     assert every.schedule.interval.total_seconds() == 300
+
+
+def test_the_trigger_waits_for_the_event_that_registrations_send():
+    """The yaml file and the code name the event and its resource each by itself."""
+    (trigger,) = next(entry for entry in read_entries() if entry.name == "reconcile").triggers
+    event = set_changed("org/base-7B", "mood", "registered")
+    assert trigger.expect == {event["event"]}
+    assert trigger.match.matches(event["resource"])
+    assert trigger.within == trigger.schedule_after, "an event could fall between two runs"
+    assert trigger.parameters == {"settle_s": trigger.within.total_seconds()}
 
 
 @pytest.mark.parametrize(

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import safetensors.torch
-import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+sys.path.insert(0, str(Path(__file__).parent))  # importlib mode adds no folder by itself
+
+from tiny_adapters import write_adapter
 
 import hydraopt
 from hydraopt.evaluation.gates import GateReport, GateRules
@@ -23,31 +25,7 @@ from infra.evidence import write_evidence, write_gate_report
 from infra.object_store import ObjectStore
 from infra.supply_chain.describe import describe_bundle
 
-RANK, WIDTH = 4, 24
 RULES = GateRules(max_storage_ratio=1, max_task_drop_percent=5, max_mean_drop_percent=5, min_samples=50)
-
-
-def write_adapter(folder: Path, seed: int) -> Path:
-    """A PEFT folder with two small modules; equal seeds give equal adapters."""
-    folder.mkdir(parents=True)
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for layer in ("q_proj", "v_proj"):
-        stem = f"base_model.model.model.layers.0.self_attn.{layer}"
-        tensors[f"{stem}.lora_A.weight"] = torch.randn(RANK, WIDTH, generator=generator)
-        tensors[f"{stem}.lora_B.weight"] = torch.randn(WIDTH, RANK, generator=generator)
-    config = {
-        "peft_type": "LORA",
-        "base_model_name_or_path": "tests/tiny",
-        "task_type": "CAUSAL_LM",
-        "r": RANK,
-        "lora_alpha": 2 * RANK,
-        "target_modules": ["q_proj", "v_proj"],
-        "bias": "none",
-    }
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    safetensors.torch.save_file(tensors, folder / "adapter_model.safetensors")
-    return folder
 
 
 @pytest.fixture

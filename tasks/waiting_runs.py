@@ -1,0 +1,32 @@
+"""Runs that events started and that wait behind the one that already does their work."""
+
+from __future__ import annotations
+
+from uuid import UUID
+
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowFilter, FlowRunFilter
+from prefect.client.schemas.objects import StateType
+from prefect.states import Cancelled
+
+_RECONCILE = FlowFilter.model_validate({"name": {"any_": ["reconcile"]}})
+_SCHEDULED = FlowRunFilter.model_validate({"state": {"type": {"any_": [StateType.SCHEDULED]}}})
+
+
+def reconciles_that_wait() -> list[UUID]:
+    """Runs of reconcile that the trigger made and that have not begun. Ask before reading the registry.
+
+    Each stands for a registration that was made before it: whoever reads the registry now sees all of them.
+    """
+    with get_client(sync_client=True) as client:
+        runs = client.read_flow_runs(flow_filter=_RECONCILE, flow_run_filter=_SCHEDULED, limit=200)
+    return [run.id for run in runs if run.created_by is not None and run.created_by.type == "AUTOMATION"]
+
+
+def close_waiting(runs: list[UUID]) -> None:
+    """Close runs that :func:`reconciles_that_wait` found, unless one has begun meanwhile."""
+    with get_client(sync_client=True) as client:
+        for run_id in runs:
+            state = client.read_flow_run(run_id).state
+            if state is not None and state.is_scheduled():
+                client.set_flow_run_state(run_id, Cancelled(message="another run does the same already"))

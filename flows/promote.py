@@ -8,6 +8,7 @@ from prefect import flow
 
 from infra.settings import Settings
 from tasks.artifacts import show_move
+from tasks.log_lines import on_every_line, say
 from tasks.releasing import promote_live, show_live
 from tasks.store import check_store
 
@@ -26,7 +27,10 @@ def promote(
     """
     settings = Settings.load().require_services()
     check_store(settings)
-    published = promote_live(settings, bundle, source, target, by)
-    show_live(settings, bundle, target)
-    show_move(published)
+    with on_every_line(settings, bundle=bundle):
+        published = promote_live(settings, bundle, source, target, by)
+        with on_every_line(settings, bundle_id=published.live_bundle_id):
+            show_live(settings, bundle, target)
+            show_move(published)
+            say("version %s is live in channel %s", published.live_version, target)
     return published.model_dump(mode="json")

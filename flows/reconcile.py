@@ -15,6 +15,7 @@ from flows.deployed_run import run_deployed
 from flows.release import release
 from hydraopt.errors import HydraoptError, ServiceError
 from infra.candidates import CandidateStatus
+from infra.metrics import note_behind, note_reconcile
 from infra.settings import Settings
 from tasks.candidates import (
     describe_candidate,
@@ -25,6 +26,7 @@ from tasks.candidates import (
     show_candidate,
 )
 from tasks.desired import DesiredSet, read_desired
+from tasks.log_lines import on_every_line, say
 from tasks.notifying import note_reconciled
 from tasks.releasing import show_live
 from tasks.sign_off import asks_in_ui, candidate_status
@@ -33,7 +35,7 @@ from tasks.waiting_runs import close_waiting, reconciles_that_wait
 
 _LONGEST_SETTLE_S = 60.0
 _Seconds = Annotated[float, Field(ge=0, le=_LONGEST_SETTLE_S)]
-_FIXED_STEPS = 9
+_FIXED_STEPS = 10
 """Task runs of a merge-set beside the two per adapter, for its progress bar."""
 
 
@@ -56,14 +58,26 @@ def reconcile(settle_s: _Seconds = 0) -> dict[str, Any]:
     Raises:
         HydraoptError: If a bundle could not be merged or released. The others were, before this is raised.
     """
-    started = time.monotonic()
     settings = Settings.load().require_services()
+    started = time.monotonic()
+    bundles = None
+    try:
+        result = _reconcile(settings, settle_s)
+        bundles = result["bundles"]
+    finally:
+        seconds = time.monotonic() - started
+        note_reconcile(settings.home, seconds=seconds, bundles=bundles)
+    return {**result, "seconds": round(seconds, 3)}
+
+
+def _reconcile(settings: Settings, settle_s: float) -> dict[str, Any]:
+    """One pass over everything there is to bring up to date."""
     close_dead_runs(settings)
     desired = _settled(settings, settle_s)
     problems: list[HydraoptError] = []
     bundles = {}
     for one in desired:
-        with _held_back(problems):
+        with _held_back(problems), on_every_line(settings, bundle=one.spec.name, fingerprint=one.fingerprint):
             bundles[one.spec.name] = _bring_up_to_date(settings, one)
     channels = {one.spec.name: one.spec.channel for one in desired}
     released = []
@@ -79,7 +93,7 @@ def reconcile(settle_s: _Seconds = 0) -> dict[str, Any]:
     if problems:
         raise type(problems[0])("; ".join(str(problem) for problem in problems))
     note_reconciled(settings)
-    return {"bundles": bundles, "released": released, "seconds": round(time.monotonic() - started, 3)}
+    return {"bundles": bundles, "released": released}
 
 
 def _settled(settings: Settings, quiet_s: float) -> list[DesiredSet]:
@@ -125,6 +139,8 @@ def _bring_up_to_date(settings: Settings, desired: DesiredSet) -> dict[str, Any]
     bundle_id = find_candidate(settings, desired)
     state = "unchanged"
     if bundle_id is None or needs_measuring(settings, desired, bundle_id):
+        say("no judged candidate of this set yet: merge-set is started")
+        note_behind(settings.home, name, behind=True)
         steps = _FIXED_STEPS + 2 * len(desired.versions)
         run_deployed("merge-set", {"bundle": name}, steps=steps)
         state = "merged"
@@ -135,6 +151,7 @@ def _bring_up_to_date(settings: Settings, desired: DesiredSet) -> dict[str, Any]
     describe_candidate(settings, desired, bundle_id)
     report = judge_candidate(settings, desired, bundle_id)
     show_candidate(settings, desired, bundle_id, report)
+    note_behind(settings.home, name, behind=False)
     return {
         "state": state,
         "fingerprint": desired.fingerprint,

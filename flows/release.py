@@ -8,6 +8,7 @@ from prefect import flow
 
 from infra.settings import Settings
 from tasks.artifacts import show_move
+from tasks.log_lines import on_every_line, say
 from tasks.releasing import check_sign_off, publish_bundle, show_live
 from tasks.store import check_store
 
@@ -25,8 +26,10 @@ def release(bundle: str, bundle_id: str, channel: str = "stable") -> dict[str, A
     """
     settings = Settings.load().require_services()
     check_store(settings)
-    sign_off = check_sign_off(settings, bundle, bundle_id)
-    published = publish_bundle(settings, bundle, bundle_id, channel)
-    show_live(settings, bundle, channel)
-    show_move(published)
+    with on_every_line(settings, bundle=bundle, bundle_id=bundle_id):
+        sign_off = check_sign_off(settings, bundle, bundle_id)
+        published = publish_bundle(settings, bundle, bundle_id, channel)
+        show_live(settings, bundle, channel)
+        show_move(published)
+        say("version %s is live in channel %s", published.live_version, channel)
     return {**published.model_dump(mode="json"), "approved_by": ", ".join(sign_off.by)}

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import base64
 import re
+from pathlib import Path
 from typing import Any
 
-from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.artifacts import (
+    create_image_artifact,
+    create_link_artifact,
+    create_markdown_artifact,
+    create_table_artifact,
+)
 
 from hydraopt.evaluation.gates import GateReport
+from infra.bundle_registry import model_name
 from infra.publishing import Published
+from infra.settings import Settings
 
 
 def show_adapter(result: dict[str, Any]) -> None:
@@ -36,6 +45,26 @@ def show_gates(bundle: str, report: GateReport) -> None:
         [{"task": task, **row.model_dump(mode="json")} for task, row in report.tasks.items()],
         key=_key("tasks", bundle),
         description=f"Tasks of {report.bundle_id}",
+    )
+
+
+def show_links(settings: Settings, bundle: str) -> None:
+    """A link to the bundle's page in MLflow, where its versions, scores and aliases are."""
+    if str(settings.mlflow_uri).startswith("http"):
+        create_link_artifact(
+            link=f"{settings.mlflow_uri}/#/models/{model_name(bundle)}",
+            link_text=f"{bundle} in MLflow",
+            key=_key("mlflow", bundle),
+        )
+
+
+def show_frontier(bundle: str, picture: Path) -> None:
+    """Error over storage of the set just merged. The picture travels with the run: no server holds it."""
+    data = base64.b64encode(picture.read_bytes()).decode()
+    create_image_artifact(
+        image_url=f"data:image/png;base64,{data}",
+        key=_key("frontier", bundle),
+        description=f"Error over storage of {bundle}: the curve that the budget is a point of.",
     )
 
 

@@ -13,6 +13,7 @@ from infra.bundle_registry import BundleRegistry
 from infra.bundle_store import claim_fingerprint, find_by_fingerprint, read_manifest, upload_bundle
 from infra.candidates import CandidateStatus, list_candidates
 from infra.evidence import Evidence, write_evidence, write_gate_report
+from infra.metrics import write_candidate
 from infra.records import latest_record, read_record
 from infra.settings import Settings
 from infra.supply_chain.describe import describe_bundle
@@ -97,9 +98,10 @@ def judge_candidate(settings: Settings, desired: DesiredSet, bundle_id: str) -> 
 
 @verb(task_run_name="show candidate {desired.spec.name} in MLflow")
 def show_candidate(settings: Settings, desired: DesiredSet, bundle_id: str, report: GateReport) -> None:
-    """Bring MLflow's view of the candidate up to date; it may have been lost."""
+    """Bring MLflow's view of the candidate and its metrics up to date; they may have been lost."""
     manifest = read_manifest(object_store(settings), desired.spec.name, bundle_id)
     BundleRegistry(settings).record_candidate(desired.spec.name, bundle_id, manifest, report)
+    write_candidate(settings.home, desired.spec.name, manifest, report)
 
 
 @verb(task_run_name="list candidates")

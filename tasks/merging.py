@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import shutil
+import time
 from pathlib import Path
 
 import hydraopt
 from hydraopt.bundle.layout import MANIFEST_FILE
-from hydraopt.errors import BundleError
+from hydraopt.errors import BudgetError, BundleError
 from hydraopt.evaluation.evaluate import evaluate_adapter, evaluate_bundle_tasks
 from hydraopt.evaluation.result import Evaluation
+from hydraopt.merging.frontier import frontier
 from hydraopt.merging.recipe import MADE_FROM
+from hydraopt.report.charts import plot_frontier
 from infra.adapter_store import AdapterVersion
 from infra.atomic_files import write_atomically
 from infra.blobs import BlobRef
 from infra.bundle_store import read_manifest, read_manifest_bytes
+from infra.metrics import write_merge
 from infra.object_store import ObjectStore
 from infra.settings import Settings
 from tasks.adapters import fetch_version
@@ -31,9 +35,24 @@ def merge_adapters(settings: Settings, desired: DesiredSet, folders: dict[str, P
     if _intact(out):
         return out
     shutil.rmtree(out, ignore_errors=True)
+    started = time.monotonic()
     recipe = desired.spec.recipe
     bundle = hydraopt.merge(folders, **recipe.model_dump(exclude=MADE_FROM), progress=progress)
     bundle.save(out)
+    write_merge(settings.home, desired.spec.name, time.monotonic() - started)
+    return out
+
+
+@verb(task_run_name="draw the frontier of {desired.spec.name}")
+def draw_frontier(settings: Settings, desired: DesiredSet, folders: dict[str, Path]) -> Path | None:
+    """A picture of error over storage for the set: whether another budget would pay. None: too small a set."""
+    out = settings.home / "work" / "frontiers" / f"{desired.fingerprint}.png"
+    if not out.exists():
+        try:
+            points = frontier(folders, dtype=desired.spec.recipe.dtype, progress=progress)
+        except BudgetError:
+            return None
+        plot_frontier(points, out)
     return out
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import itertools
 import json
@@ -21,8 +22,8 @@ pytest.importorskip("prefect")
 sys.path.insert(0, str(Path(__file__).parent))  # importlib mode adds no folder by itself
 
 import tiny_tasks
-from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.filters import FlowFilter, FlowRunFilter
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowFilter, FlowRunFilter, LogFilter
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.concurrency.sync import concurrency
 from prefect.deployments import run_deployment
@@ -100,13 +101,14 @@ class Deployment:
             if not run.auto_scheduled or run.state.is_running()
         ]
 
-    def tasks_of(self, run: FlowRun) -> list[str]:
-        with get_client(sync_client=True) as client:
-            return [one.name for one in _task_runs(client, run)]
+    def lines_of(self, run: FlowRun) -> list[dict[str, Any]]:
+        """What a run logged, from our own log: Prefect's server may be late."""
+        path = self.home / "logs" / "flows.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [line for line in lines if line.get("run_id") == str(run.id)]
 
-
-def _task_runs(client: SyncPrefectClient, run: FlowRun) -> list[Any]:
-    return client.read_task_runs(flow_run_filter=FlowRunFilter.model_validate({"id": {"any_": [run.id]}}))
+    def has_begun_to_merge(self, run: FlowRun) -> bool:
+        return any("adapters are merged" in line["message"] for line in self.lines_of(run))
 
 
 def wait(condition: Callable[[], Any], what: str) -> Any:
@@ -159,16 +161,52 @@ def test_what_arrives_during_a_merge_is_merged_next_and_never_at_the_same_time(q
         quiet.register("task-0", 1000)
         (waiting,) = wait(lambda: quiet.runs("merge-set", StateType.RUNNING), "a merge-set is running")
         time.sleep(3)
-        assert not any(name.startswith("merge ") for name in quiet.tasks_of(waiting)), (
-            "it merges all the same"
-        )
-    wait(lambda: any(name.startswith("merge ") for name in quiet.tasks_of(waiting)), "it merges")
+        assert not quiet.has_begun_to_merge(waiting), "it merges all the same"
+    wait(lambda: quiet.has_begun_to_merge(waiting), "it merges")
     quiet.register("task-1", 1001)
     wait(quiet.merged, "the newest set is merged")
     wait(lambda: not quiet.busy(), "everything the events started is over")
     newest = quiet.runs("merge-set", StateType.COMPLETED)[: len(quiet.runs("merge-set")) - before]
     spans = sorted((run.start_time, run.end_time) for run in newest)
     assert all(first[1] <= second[0] for first, second in itertools.pairwise(spans)), spans
+
+
+def test_a_merge_leaves_tables_a_picture_a_link_log_lines_and_metrics(quiet):
+    """For people beside the run in Prefect's pages; for machines as JSON lines and text files."""
+    for number in (3, 4, 5):
+        quiet.register(f"task-{number}", 1000 + number)
+    wait(quiet.merged, "the set is merged")
+    wait(lambda: not quiet.busy(), "the run is over")
+    run = quiet.runs("merge-set", StateType.COMPLETED)[0]
+    with get_client(sync_client=True) as client:
+        made = client.read_artifacts(flow_run_filter=FlowRunFilter.model_validate({"id": {"any_": [run.id]}}))
+        logs = client.read_logs(LogFilter.model_validate({"flow_run_id": {"any_": [run.id]}}), limit=200)
+    kinds = {one.key: one.type for one in made}
+    assert kinds == {
+        "candidate-tiny": "markdown",
+        "gates-tiny": "table",
+        "tasks-tiny": "table",
+        "frontier-tiny": "image",
+        "mlflow-tiny": "markdown",  # which a link is to Prefect
+    }
+    assert f"{quiet.settings.mlflow_uri}/#/models/bundle.tiny" in next(
+        one.data for one in made if one.key == "mlflow-tiny"
+    )
+    picture = next(one.data for one in made if one.type == "image")
+    assert base64.b64decode(picture.removeprefix("data:image/png;base64,")).startswith(b"\x89PNG")
+
+    fingerprint = str(quiet.desired().fingerprint)
+    bundle_id = str(find_by_fingerprint(quiet.store, BUNDLE, fingerprint))
+    names = f"[bundle=tiny fingerprint={fingerprint[:12]} bundle_id={bundle_id[:12]}] "
+    assert sum(line.message.startswith(names) for line in logs) >= 4
+    judged = [line for line in quiet.lines_of(run) if line.get("task_run") == "judge tiny"]
+    assert judged
+    assert all((one["fingerprint"], one["bundle_id"]) == (fingerprint, bundle_id) for one in judged)
+
+    text = "".join(path.read_text() for path in (quiet.home / "metrics").glob("*.prom"))
+    assert 'hydraopt_gates_passed{bundle="tiny"} 0.0' in text  # nothing to measure these with
+    assert 'hydraopt_reconcile_behind_since_timestamp_seconds{bundle="tiny"} 0.0' in text
+    assert "hydraopt_merge_seconds{" in text
 
 
 def test_a_lost_event_is_made_up_for_by_the_schedule(quiet):

@@ -21,6 +21,8 @@ from prefect.workers.process import ProcessWorker
 
 from flows.deployments import Pool, clear_leftovers, read_entries
 from infra.local_services.pools import service_of
+from infra.mlflow_webhook import listen
+from infra.settings import Settings
 
 _PROCESSES = 8
 _LOG = logging.getLogger("prefect.hydraopt.worker")
@@ -55,6 +57,7 @@ def main() -> None:
     pool: Pool = parser.parse_args().pool
     if pool == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the card belongs to the other pool
+        listen(Settings.load())
     register(pool)
     _LOG.info(device_line(pool))
     # Without a limit on the pool: a killed worker would keep its slots.

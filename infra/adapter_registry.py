@@ -70,6 +70,19 @@ class AdapterRegistry:
                         found[key] = digest
         return found
 
+    def owner(self, name: str) -> tuple[str, str] | None:
+        """Base model and task of a registered model; None if it holds no adapters of ours, or is not there."""
+        if not name.startswith(_PREFIX):
+            return None
+        with told_plainly(self._settings, f"reading the registered model {name!r}"):
+            try:
+                tags = self._client.get_registered_model(name).tags
+            except MlflowException as error:
+                if error.error_code == ABSENT:
+                    return None
+                raise
+        return (tags["base_model"], tags["task"]) if {"base_model", "task"} <= tags.keys() else None
+
     def base_models(self) -> list[str]:
         """Names of the base models that have a serving adapter, sorted."""
         with told_plainly(self._settings, "reading the base models"):

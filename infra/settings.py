@@ -78,6 +78,12 @@ class Settings(BaseSettings):
     mlflow_password: SecretStr | None = Field(None, min_length=1, description="The user's, never shown.")
     prefect_api_url: HttpAddress | None = Field(None, description="Prefect API, ending in /api.")
     prefect_auth: SecretStr | None = Field(None, description="user:password for Prefect, never shown.")
+    webhook_port: int | None = Field(
+        None, ge=1, le=65535, description="Port on loopback for MLflow's webhooks; None: none are received."
+    )
+    webhook_secret: SecretStr | None = Field(
+        None, min_length=16, description="Secret that MLflow signs them with, never shown."
+    )
     service_timeout_s: float = Field(
         20.0, gt=0, le=25, allow_inf_nan=False, description="Seconds one request may take; at most 25."
     )
@@ -136,6 +142,8 @@ class Settings(BaseSettings):
     def _whole_key(self) -> Self:
         if (self.s3_access_key is None) != (self.s3_secret_key is None):
             raise ValueError("give HYDRAOPT_S3_ACCESS_KEY and HYDRAOPT_S3_SECRET_KEY together, or neither")
+        if (self.webhook_port is None) != (self.webhook_secret is None):
+            raise ValueError("give HYDRAOPT_WEBHOOK_PORT and HYDRAOPT_WEBHOOK_SECRET together, or neither")
         if (self.mlflow_username is None) != (self.mlflow_password is None):
             raise ValueError(
                 "give HYDRAOPT_MLFLOW_USERNAME and HYDRAOPT_MLFLOW_PASSWORD together, or neither"

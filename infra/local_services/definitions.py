@@ -20,6 +20,7 @@ from infra.local_services.ports import GRPC_OFFSET, HOST
 from infra.local_services.processes import MARK, mark
 from infra.local_services.state import Records
 from infra.settings import PREFIX, Settings
+from infra.webhook_variables import webhook_server_variables
 
 _EXECUTOR_MODULE = "infra.local_services.warm_start"
 _RUNNER_MODULE = "flows.serve"
@@ -76,7 +77,7 @@ def store(home: Path, ports: Mapping[str, int], bucket: str) -> Definition:
     )
 
 
-def mlflow(home: Path, ports: Mapping[str, int]) -> Definition:
+def mlflow(home: Path, ports: Mapping[str, int], more: Mapping[str, str]) -> Definition:
     """MLflow on SQLite with one worker; it serves its few small artifacts itself."""
     address = f"http://{HOST}:{ports['http']}"
     command = [
@@ -96,6 +97,7 @@ def mlflow(home: Path, ports: Mapping[str, int]) -> Definition:
         "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # seven more processes, for features we do not use
         "DO_NOT_TRACK": "1",
+        **more,
         MARK: mark(home, "mlflow"),
     }
     return Definition(
@@ -167,7 +169,7 @@ def define(home: Path, records: Records, name: str, chosen: Mapping[str, int]) -
     if name == "store":
         return store(home, chosen, settings.s3_bucket)
     if name == "mlflow":
-        return mlflow(home, chosen)
+        return mlflow(home, chosen, webhook_server_variables(settings))
     if name == "prefect":
         return prefect(home, chosen)
     return runner(settings.require_services())

@@ -198,6 +198,9 @@ def worker(place: Place, settings: Settings, pool: str) -> Blueprint:
         "MLFLOW_USERNAME": settings.mlflow_username,
         "PREFECT_API_URL": settings.prefect_api_url,
     }
+    if pool == "cpu" and settings.webhook_port is not None:
+        plain["WEBHOOK_PORT"] = str(settings.webhook_port)
+        keys["WEBHOOK_SECRET"] = settings.webhook_secret
     given = plain | {name: key.get_secret_value() for name, key in keys.items() if key is not None}
     variables = {
         **settings.environment(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from infra.atomic_files import write_atomically
@@ -22,6 +23,7 @@ from infra.local_services.processes import MARK, mark
 from infra.local_services.production import Blueprint, Place
 from infra.secret_values import role_key, store_identities
 from infra.settings import ADMIN, Settings
+from infra.webhook_variables import webhook_server_variables
 
 _SERVERS = ("postgres", "store", "mlflow", "prefect")
 IDENTITIES_FILE = "store-identities.json"
@@ -72,7 +74,7 @@ def define(settings: Settings, name: str, ports: Mapping[str, Mapping[str, int]]
         login = f"{ADMIN}:{secrets['mlflow_admin_password']}"
         address = here.address(name)
         return _server(
-            home, name, address, production.mlflow(here), lambda _: health.check_mlflow(address, login)
+            home, name, address, _mlflow(here, settings), lambda _: health.check_mlflow(address, login)
         )
     if name == "prefect":
         login = f"{ADMIN}:{secrets['prefect_password']}"
@@ -115,6 +117,12 @@ def _store(here: Place, home: Path, bucket: str) -> Definition:
         lambda _: health.check_store(address, bucket, *publisher),
         prepare=lambda: prepare_store(home, here.secrets, bucket),
     )
+
+
+def _mlflow(here: Place, settings: Settings) -> Blueprint:
+    """MLflow, able to send webhooks to this machine where they are received."""
+    blueprint = production.mlflow(here)
+    return replace(blueprint, variables={**blueprint.variables, **webhook_server_variables(settings)})
 
 
 def _server(

@@ -244,9 +244,22 @@ def test_the_readers_key_cannot_write(stack, key, tmp_path):
 
 def test_the_trainers_key_writes_adapters_and_publishes_nothing(stack, released, tmp_path):
     """Whoever trains can neither release nor write what a decision rests on."""
+    again = [
+        "ingest",
+        stack.folder / "first",
+        "--task",
+        "topic",
+        "--task-file",
+        stack.task("topic"),
+        "--json",
+    ]
+    ingested = stack.run_with(role_variables(stack.home, "trainer"), again)
+    assert ingested.code == 0, ingested.stderr
+    assert not ingested.json["known"]
+    stack.good(
+        ["ingest", stack.folder / "topic", "--task", "topic"]
+    )  # what the release was made of serves again
     store = store_as(stack.home, "trainer", tmp_path)
-    store.self_test()
-    assert store.create("adapters/by-the-trainer", b"")
     for key in (
         "channels/tiny/canary.json",
         "bundles/tiny/versions/000002.json",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -37,15 +38,13 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
     try:
         manifest = Manifest.model_validate_json(data)
     except ValidationError as reason:
+        _check_schema(_claimed_schema(data), where)
         first = reason.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         raise BundleError(
             f"{where}: not a manifest this version can read: {place}: {first['msg']}"
         ) from reason
-    if manifest.schema_version != SCHEMA:
-        raise BundleError(
-            f"{where}: schema {manifest.schema_version}; this version reads {SCHEMA}. Update hydraopt."
-        )
+    _check_schema(manifest.schema_version, where)
     for task in manifest.tasks:
         _checked_name(task, where)
     if manifest.canonical() != data:
@@ -57,6 +56,22 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
     for module in manifest.modules:
         _check_module(where, module, manifest)
     return manifest
+
+
+def _claimed_schema(data: bytes) -> int:
+    """The schema a manifest says it has, though its fields do not fit this version's; ours if it says none."""
+    try:
+        value = json.loads(data)
+    except ValueError:
+        return SCHEMA
+    version = value.get("schema_version") if isinstance(value, dict) else None
+    return version if isinstance(version, int) else SCHEMA
+
+
+def _check_schema(version: int, where: str) -> None:
+    if version != SCHEMA:
+        way_out = "Update hydraopt." if version > SCHEMA else "It was made by an older version: merge again."
+        raise BundleError(f"{where}: schema {version}; this version reads {SCHEMA}. {way_out}")
 
 
 def _checked_name(task: str, where: str) -> None:

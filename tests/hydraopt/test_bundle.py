@@ -237,11 +237,14 @@ def test_a_manifest_that_names_a_path_outside_is_refused(saved):
         hydraopt.verify(saved)
 
 
-def test_a_manifest_of_a_newer_version_is_refused(saved):
+@pytest.mark.parametrize(("version", "way_out"), [(99, "Update hydraopt"), (1, "merge again")])
+def test_a_manifest_of_another_version_is_refused(saved, version, way_out):
     text = (saved / "manifest.json").read_text()
-    (saved / "manifest.json").write_text(re.sub(r'"schema_version":\d+', '"schema_version":99', text))
-    with pytest.raises(BundleError, match="schema 99"):
-        hydraopt.verify(saved)
+    text = re.sub(r'"schema_version":\d+', f'"schema_version":{version}', text)
+    for changed in (text, text.replace('"precisions"', '"another"')):  # with fields we know, and with others
+        (saved / "manifest.json").write_text(changed)
+        with pytest.raises(BundleError, match=f"schema {version}.*{way_out}"):
+            hydraopt.verify(saved)
 
 
 def test_values_that_are_not_finite_are_noticed_even_with_right_digests(workshop):

@@ -210,7 +210,7 @@ def test_up_again_starts_nothing(home):
     before = pids(home)
     start = time.monotonic()
     up(home)
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 30
     assert pids(home) == before
 
 

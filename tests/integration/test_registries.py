@@ -289,4 +289,4 @@ def test_mlflow_that_never_answers_is_named_in_half_a_minute(tmp_path, monkeypat
         start = time.monotonic()
         with pytest.raises(ServiceError, match=address):
             AdapterRegistry(settings).serving()
-        assert time.monotonic() - start < 10
+        assert time.monotonic() - start < 30

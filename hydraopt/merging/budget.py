@@ -30,6 +30,7 @@ class ModuleCurves:
     options: tuple[Option, ...]
     errors: Floats  # (options, prices)
     bytes: Floats
+    doubts: Floats  # (options, 1): what is added to an option's error when it is compared, see Option.doubt
 
     @classmethod
     def of(cls, options: Sequence[Option], prices: Floats) -> ModuleCurves:
@@ -39,27 +40,34 @@ class ModuleCurves:
         """
         costs = [option.cost(prices) for option in options]
         errors, sizes = np.stack([error for error, _ in costs]), np.stack([size for _, size in costs])
-        total = errors + prices * sizes
+        doubts = np.array([[option.doubt] for option in options])
+        total = errors + doubts + prices * sizes
         kept = {0}
         for family in {option.family for option in options}:
             members = np.array([i for i, option in enumerate(options) if option.family == family])
             kept |= set(members[np.argmin(total[members], axis=0)].tolist())
         order = sorted(kept)
-        return cls(tuple(options[i] for i in order), errors[order], sizes[order])
+        return cls(tuple(options[i] for i in order), errors[order], sizes[order], doubts[order])
 
     @classmethod
     def unpriced(cls, options: Sequence[Option]) -> ModuleCurves:
         """All the options, for solutions that do not go by price."""
-        return cls(tuple(options), np.zeros((len(options), 0)), np.zeros((len(options), 0)))
+        nothing = np.zeros((len(options), 0))
+        return cls(tuple(options), nothing, nothing, np.zeros((len(options), 1)))
 
     def only(self, families: Container[str]) -> ModuleCurves:
         """The options of some families."""
         kept = [i for i, option in enumerate(self.options) if option.family in families]
-        return ModuleCurves(tuple(self.options[i] for i in kept), self.errors[kept], self.bytes[kept])
+        options = tuple(self.options[i] for i in kept)
+        return ModuleCurves(options, self.errors[kept], self.bytes[kept], self.doubts[kept])
+
+    def costs(self, prices: Floats) -> Floats:
+        """What every option is compared by at each price, (options, prices)."""
+        return self.errors + self.doubts + prices * self.bytes
 
     def best(self, prices: Floats) -> Ints:
         """Index of the best option at each price."""
-        best: Ints = np.argmin(self.errors + prices * self.bytes, axis=0)
+        best: Ints = np.argmin(self.costs(prices), axis=0)
         return best
 
 
@@ -164,7 +172,8 @@ def _narrow(module: ModuleCurves, best: Ints, before: int, first: int, prices: F
     kept = sorted({int(best[before]), int(best[first])})
     options = tuple(module.options[i] for i in kept)
     costs = [option.cost(prices) for option in options]
-    return ModuleCurves(options, np.stack([e for e, _ in costs]), np.stack([b for _, b in costs]))
+    errors, sizes = np.stack([error for error, _ in costs]), np.stack([size for _, size in costs])
+    return ModuleCurves(options, errors, sizes, module.doubts[kept])
 
 
 def _swap(choices: list[Choice], better: list[Choice], size: int) -> list[Choice]:
@@ -172,7 +181,8 @@ def _swap(choices: list[Choice], better: list[Choice], size: int) -> list[Choice
     left = size - total_bytes(choices)
     gains = []
     for m, (now, then) in enumerate(zip(choices, better, strict=True)):
-        extra, gain = then.bytes - now.bytes, now.error - then.error
+        extra = then.bytes - now.bytes
+        gain = now.error + now.option.doubt - then.error - then.option.doubt
         if gain > 0:
             gains.append((gain / max(extra, 1e-9), m, extra))
     chosen = list(choices)

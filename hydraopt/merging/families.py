@@ -44,7 +44,7 @@ def worthwhile(curves: ModuleCurves, prices: Floats, window: slice) -> Search:
         The families without which the module would cost clearly more at one of these prices, and the largest rank
         that was best at any of them with some room above.
     """
-    costs = (curves.errors + prices * curves.bytes)[:, window]
+    costs = curves.costs(prices)[:, window]
     best, best_cost = costs.argmin(axis=0), costs.min(axis=0)
     families = {separate.NAME}
     most = 1

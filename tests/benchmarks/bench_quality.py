@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from quality_adapters import train_set
 from quality_intervals import Resamples, drops
-from quality_merges import MERGES, Merge, Merged, make
+from quality_merges import MERGES, Merge, make, share_without_extras
 from quality_scores import Scorer
 from quality_tables import markdown, printed
 from quality_tasks import AdapterSet, adapter_sets, write_rows, write_task_files
@@ -79,48 +79,55 @@ class Bench:
         self._merged: dict[tuple[AdapterSet, Merge], dict[str, np.ndarray]] = {}
         self._sizes: dict[tuple[AdapterSet, Merge], dict[str, float]] = {}
         self._refused: dict[Merge, str] = {}
+        self._checked = False
         self._resamples = Resamples({name: len(truth) for name, truth in scorer.truth.items()})
 
     def measure(self, adapters: AdapterSet, paths: Mapping[str, Path], merges: Sequence[Merge]) -> None:
         """Score the adapters of a set, then every merge of them."""
         opened = {name: read_adapter(path) for name, path in paths.items()}
         self._own[adapters] = {name: self._scorer.adapter(name, opened[name]) for name in opened}
-        if len(self._own) == 1:
+        if not self._checked:
             self._check_adapter(adapters, paths[CHECKED_TASK])
-        checked = len(self._own) > 1
         for merge in merges:
             if merge in self._refused or not (adapters.common_init or merge.own_inits):
                 continue
-            made = self._make(merge, opened)
-            if made is None:
+            bundle = self._make(merge, opened)
+            if bundle is None:
                 continue
-            answers = {t: self._scorer.answers(t, made.factors[t], made.extras[t]) for t in opened}
-            if not checked and made.bundle is not None:
-                self._check_bundle(made.bundle, answers[CHECKED_TASK])
-                checked = True
-            self._keep(adapters, merge, made, answers)
+            answers = {name: self._scorer.bundle(name, bundle) for name in opened}
+            if not self._checked:
+                self._check_bundle(bundle, answers[CHECKED_TASK])
+                self._checked = True
+            self._keep(adapters, merge, opened, bundle, answers)
 
-    def _make(self, merge: Merge, opened: Mapping[str, Adapter]) -> Merged | None:
+    def _make(self, merge: Merge, opened: Mapping[str, Adapter]) -> Bundle | None:
         try:
             return make(merge, opened)
-        except (HydraoptError, TypeError) as reason:
+        except HydraoptError as reason:
             self._refused[merge] = str(reason)
             self._console.print(
-                f"{merge.method}, {merge.bits} bits, level {merge.level}: not available: {reason}"
+                f"{merge.name}, {merge.bits} bits, level {merge.level}: not available: {reason}"
             )
             return None
 
-    def _keep(self, adapters: AdapterSet, merge: Merge, made: Merged, answers: dict[str, np.ndarray]) -> None:
+    def _keep(
+        self,
+        adapters: AdapterSet,
+        merge: Merge,
+        opened: Mapping[str, Adapter],
+        bundle: Bundle,
+        answers: dict[str, np.ndarray],
+    ) -> None:
         self._merged[adapters, merge] = answers
         self._sizes[adapters, merge] = {
-            "storage": made.storage,
-            "storage_without_classifiers": made.storage_without_classifiers,
-            "relative_squared_error": made.relative_squared_error,
+            "storage": bundle.storage_ratio,
+            "storage_without_classifiers": share_without_extras(bundle, opened),
+            "relative_squared_error": bundle.relative_error**2,
         }
         drop = np.mean(list(drops(self._right([self._own[adapters]]), self._right([answers])).values()))
         self._console.print(
-            f"{adapters.name}: {merge.method}, {merge.bits} bits, level {merge.level} of {merge.counted}: "
-            f"storage {made.storage:.4f}, mean drop {drop:.2f} %"
+            f"{adapters.name}: {merge.name}, {merge.bits} bits, level {merge.level} of {merge.counted}: "
+            f"storage {bundle.storage_ratio:.4f}, mean drop {drop:.2f} %"
         )
 
     def result(self) -> dict[str, Any]:
@@ -139,23 +146,27 @@ class Bench:
         }
 
     def _rows(self, sets: Sequence[AdapterSet]) -> list[dict[str, Any]]:
-        if not sets:
-            return []
-        own = self._right([self._own[adapters] for adapters in sets])
-        done = [merge for merge in MERGES if all((adapters, merge) in self._merged for adapters in sets)]
-        merged = {merge: self._right([self._merged[adapters, merge] for adapters in sets]) for merge in done}
-        rows = []
-        for merge in done:
-            sizes = [self._sizes[adapters, merge] for adapters in sets]
-            means = {key: float(np.mean([size[key] for size in sizes])) for key in sizes[0]}
-            summary = asdict(self._resamples.summary(own, merged[merge]))
-            row = {**_description(merge), **means, **summary, "sets": len(sets)}
-            if (ours := _hydraopt_at(merge, done)) is not None:
-                more = self._resamples.means(own, merged[merge]) - self._resamples.means(own, merged[ours])
-                low, high = np.percentile(more, [2.5, 97.5])
-                row["more_than_hydraopt"] = {"low": float(low), "high": float(high)}
-            rows.append(row)
-        return rows
+        """A row for every merge made of any of the sets, over those it was made of."""
+        made_of = {merge: [one for one in sets if (one, merge) in self._merged] for merge in MERGES}
+        return [self._row(merge, made_of[merge], made_of) for merge in MERGES if made_of[merge]]
+
+    def _row(
+        self, merge: Merge, sets: Sequence[AdapterSet], made_of: Mapping[Merge, Sequence[AdapterSet]]
+    ) -> dict[str, Any]:
+        own = self._right([self._own[one] for one in sets])
+        merged = self._right([self._merged[one, merge] for one in sets])
+        sizes = [self._sizes[one, merge] for one in sets]
+        means = {key: float(np.mean([size[key] for size in sizes])) for key in sizes[0]}
+        summary = self._resamples.summary(own, merged)
+        row = {**_description(merge), **means, **asdict(summary), "sets": len(sets)}
+        ours = _hydraopt_at(merge)
+        if ours is not None and set(sets) <= set(made_of[ours]):
+            theirs = self._right([self._merged[one, ours] for one in sets])
+            more = self._resamples.means(own, merged) - self._resamples.means(own, theirs)
+            low, high = np.percentile(more, [2.5, 97.5])
+            difference = summary.mean - self._resamples.summary(own, theirs).mean
+            row["more_than_hydraopt"] = {"mean": difference, "low": float(low), "high": float(high)}
+        return row
 
     def _right(self, answers: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
         """Per task, booleans (sets, rows)."""
@@ -179,20 +190,16 @@ class Bench:
             )
 
 
-def _hydraopt_at(merge: Merge, done: Sequence[Merge]) -> Merge | None:
+def _hydraopt_at(merge: Merge) -> Merge | None:
     """The merge by hydraopt to compare with: same level, and free bits for whatever is not stored in 16."""
     bits = 16 if merge.bits == 16 else "auto"
-    same = [
-        other
-        for other in done
-        if (other.method, other.bits, other.level, other.counted)
-        == ("hydraopt", bits, merge.level, merge.counted)
-    ]
+    wanted = ("hydraopt", bits, merge.level, merge.counted)
+    same = [other for other in MERGES if (other.method, other.bits, other.level, other.counted) == wanted]
     return same[0] if same and same[0] != merge else None
 
 
 def _description(merge: Merge) -> dict[str, Any]:
-    return {"method": merge.method, "bits": merge.bits, "level": merge.level, "counted": merge.counted}
+    return {"method": merge.name, "bits": merge.bits, "level": merge.level, "counted": merge.counted}
 
 
 def _machine() -> str:

@@ -6,9 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from quality_one_for_all import ONE_FOR_ALL, one_update
-from torch import Tensor
-
 import hydraopt
 from hydraopt import Adapter, Bundle
 
@@ -23,14 +20,21 @@ class Merge:
 
     ``level`` is a share of the adapters' bytes at two bytes a number. Counted over ``files`` it is the budget as users
     give it: everything the bundle holds over everything the adapters hold. Over ``factors`` the classifiers, which no
-    merge can shrink, are left out on both sides. None is one update for all tasks at the adapters' rank.
+    merge can shrink, are left out on both sides. None is for the methods of one update for all tasks, at the
+    adapters' rank; they merge ``on`` the entries of dW, or of A and B apart.
     """
 
     method: str
     bits: int | str
     level: float | None
     counted: Counted = "files"
+    on: str | None = None
     own_inits: bool = False  # whether it is also made of adapters that started from different A
+
+    @property
+    def name(self) -> str:
+        """The method, and what it works on where it has a choice."""
+        return self.method if self.on is None else f"{self.method} on {self.on}"
 
 
 def _levels(
@@ -52,53 +56,32 @@ MERGES = [
         for level in levels
         for method in ("hydraopt", "separate")
     ],
-    *[Merge(method, 16, None) for method in ONE_FOR_ALL],
+    *[
+        Merge(method, 16, None, on=on)
+        for on in ("dw", "factors")
+        for method in ("ta", "ties", "dare", "dare-ties")
+    ],
     *_levels("paper", 16, LEVELS_16),
-    *_levels("paper", "auto", LEVELS_FREE),
+    *_levels("paper", 4, LEVELS_FREE),
     *_levels("two-sided", 16, LEVELS_16),
     *_levels("two-sided", "auto", LEVELS_FREE),
 ]
 """In the order in which they are made."""
 
 
-@dataclass(frozen=True)
-class Merged:
-    """A merge that was made: every task's update and layers, and what all of it takes."""
-
-    factors: Mapping[str, Mapping[str, tuple[Tensor, ...]]]  # by task and module; their product is the update
-    extras: Mapping[str, Mapping[str, Tensor]]  # by task and PEFT name
-    storage: float  # bytes over the adapters' bytes, these at two bytes a number
-    storage_without_classifiers: float
-    relative_squared_error: float  # mean over the tasks of |dW - merged|^2 / |dW|^2
-    bundle: Bundle | None  # None for one update for all tasks
-
-
-def make(merge: Merge, adapters: Mapping[str, Adapter]) -> Merged:
+def make(merge: Merge, adapters: Mapping[str, Adapter]) -> Bundle:
     """Merge.
 
     Raises:
-        HydraoptError: If the level cannot be met.
-        TypeError: If this version has no such setting.
+        HydraoptError: If the level cannot be met, or this version has no such method or setting.
     """
-    inputs = sum(adapter.reference_bytes for adapter in adapters.values())
-    if merge.level is None:
-        update, error = one_update(merge.method, adapters)
-        factors = dict.fromkeys(adapters, update)
-        extras = {task: {name: a.extra(name) for name in a.extras} for task, a in adapters.items()}
-        size = sum(2 * part.numel() for parts in update.values() for part in parts) + _extras_bytes(adapters)
-        bundle = None
-    else:
-        bundle = hydraopt.merge(
-            adapters,
-            method=merge.method,
-            bits=merge.bits,
-            budget=_budget(merge.level, merge.counted, adapters),
-        )
-        factors = {task: bundle.factors(task) for task in adapters}
-        extras = {task: bundle.extras(task) for task in adapters}
-        size, error = bundle.manifest.bytes_on_disk, bundle.relative_error**2
-    without = (size - _extras_bytes(adapters)) / _factor_bytes(adapters)
-    return Merged(factors, extras, size / inputs, without, error, bundle)
+    budget = None if merge.level is None else _budget(merge.level, merge.counted, adapters)
+    return hydraopt.merge(adapters, method=merge.method, bits=merge.bits, budget=budget, on=merge.on)
+
+
+def share_without_extras(bundle: Bundle, adapters: Mapping[str, Adapter]) -> float:
+    """Bytes of the bundle over those of the adapters' factors, whole-layer extras left out on both sides."""
+    return (bundle.manifest.bytes_on_disk - _extras_bytes(adapters)) / _factor_bytes(adapters)
 
 
 def _budget(level: float, counted: Counted, adapters: Mapping[str, Adapter]) -> float:

@@ -18,7 +18,7 @@ import torch
 from quality_tasks import BASE_MODEL, spread
 from torch import Tensor
 
-from hydraopt import Adapter
+from hydraopt import Adapter, Bundle
 from hydraopt.base_models import load_base
 from hydraopt.evaluation.encoding import classification_example, input_limit
 from hydraopt.evaluation.task_file import TaskFile
@@ -74,12 +74,15 @@ class Scorer:
     def adapter(self, task: str, adapter: Adapter) -> np.ndarray:
         """Answers with the task's own adapter: label indices in the order of the rows."""
         factors = {name: adapter.factors(name) for name in adapter.modules}
-        return self.answers(task, factors, {name: adapter.extra(name) for name in adapter.extras})
+        return self._answers(task, factors, {name: adapter.extra(name) for name in adapter.extras})
 
-    def answers(
+    def bundle(self, task: str, bundle: Bundle) -> np.ndarray:
+        """Answers with the task's part of a bundle: label indices in the order of the rows."""
+        return self._answers(task, bundle.factors(task), bundle.extras(task))
+
+    def _answers(
         self, task: str, factors: Mapping[str, tuple[Tensor, ...]], extras: Mapping[str, Tensor]
     ) -> np.ndarray:
-        """Answers with an update, per module a product of factors, and layers by PEFT names."""
         file = self._folder / f"{self._key(task, factors, extras)}.json"
         if not file.is_file():
             with torch.inference_mode():

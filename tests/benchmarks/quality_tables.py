@@ -17,6 +17,7 @@ HEADINGS = (
     "mean drop %",
     "95 % interval",
     "worst task %",
+    "sets",
     "more than hydraopt, 95 %",
 )
 _PARTS = {
@@ -29,7 +30,7 @@ def printed(result: dict[str, Any]) -> Iterator[Table]:
     """One table for each kind of set."""
     for part, title in _PARTS.items():
         if result[part]:
-            table = Table(*HEADINGS, title=f"{title}; {_sets(result[part])}")
+            table = Table(*HEADINGS, title=title)
             for row in result[part]:
                 table.add_row(*_cells(row))
             yield table
@@ -40,7 +41,7 @@ def markdown(result: dict[str, Any]) -> str:
     lines = ["# Quality at equal bytes", "", _preface(result), "", f"Machine: {result['machine']}.", ""]
     for part, title in _PARTS.items():
         if result[part]:
-            lines += [f"## {title}; {_sets(result[part])}", "", *_pipes(HEADINGS)]
+            lines += [f"## {title}", "", *_pipes(HEADINGS)]
             lines += [*(f"| {' | '.join(_cells(row))} |" for row in result[part]), ""]
     lines += ["## Own accuracy", "", *_own(result), ""]
     if result["not_available"]:
@@ -57,7 +58,8 @@ def _preface(result: dict[str, Any]) -> str:
     return (
         f"{len(result['test_rows'])} tasks, {rows} test rows; every adapter saw about {settings['examples']} training "
         "rows, repeats counted. Drop: relative loss of test accuracy against the task's own adapter. Worst task: mean "
-        "over the sets. Intervals: 2,000 draws of tasks and of test rows, seeds kept together."
+        "over the sets. A set is one adapter per task with one data order. Intervals: 2,000 draws of tasks and of test "
+        "rows, seeds kept together."
     )
 
 
@@ -86,10 +88,6 @@ def _cells(row: dict[str, Any]) -> list[str]:
         f"{row['mean']:.2f}",
         f"{row['low']:.2f} to {row['high']:.2f}",
         f"{row['worst']:.2f}",
-        "" if more is None else f"{more['low']:+.2f} to {more['high']:+.2f}",
+        str(row["sets"]),
+        "" if more is None else f"{more['mean']:+.2f} ({more['low']:+.2f} to {more['high']:+.2f})",
     ]
-
-
-def _sets(rows: list[dict[str, Any]]) -> str:
-    count = rows[0]["sets"]
-    return f"{count} data order{'s' if count > 1 else ''}"

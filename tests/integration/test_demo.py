@@ -22,7 +22,6 @@ from infra.object_store import ObjectStore
 from infra.settings import Settings
 
 pytest.importorskip("prefect")
-sys.path.insert(0, str(Path(__file__).parent))  # importlib mode adds no folder by itself
 
 import tiny_tasks
 

@@ -36,7 +36,7 @@ from infra.signatures import public_key_pem
 pytest.importorskip("prefect")
 pytestmark = pytest.mark.integration
 
-CHILD = Path(__file__).with_name("commands_child.py")
+CHILD = Path(__file__).parents[1] / "support" / "commands_child.py"
 PATIENCE_S = 900
 
 

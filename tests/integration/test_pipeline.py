@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 import time
 import urllib.request
 from pathlib import Path
@@ -22,7 +21,6 @@ from infra.settings import Settings
 from infra.signatures import generate_key
 
 pytest.importorskip("prefect")
-sys.path.insert(0, str(Path(__file__).parent))  # importlib mode adds no folder by itself
 
 import tiny_tasks
 from pipeline_home import Pipeline

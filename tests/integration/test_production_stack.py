@@ -26,7 +26,6 @@ from infra.object_store import ObjectStore
 from infra.settings import Settings
 
 pytest.importorskip("prefect")
-sys.path.insert(0, str(Path(__file__).parent))  # importlib mode adds no folder by itself
 
 import tiny_tasks
 from pipeline_home import Pipeline

@@ -25,7 +25,7 @@ from infra.signatures import generate_key
 
 pytestmark = pytest.mark.integration
 
-CHILD = Path(__file__).parent / "publishing_child.py"
+CHILD = Path(__file__).parents[1] / "support" / "publishing_child.py"
 
 
 def publish_on(manager, bundle_id, channel="stable"):

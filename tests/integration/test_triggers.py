@@ -7,7 +7,6 @@ import contextlib
 import itertools
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -19,7 +18,6 @@ import pytest
 import yaml
 
 pytest.importorskip("prefect")
-sys.path.insert(0, str(Path(__file__).parent))  # importlib mode adds no folder by itself
 
 import tiny_tasks
 from prefect.client.orchestration import get_client

@@ -1,21 +1,13 @@
-"""Small real bundles, measured, judged and approved as far as a test wants."""
+"""A release manager whose small real bundles are measured, judged and approved as far as a test wants."""
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-sys.path.insert(0, str(Path(__file__).parent))  # importlib mode adds no folder by itself
-
-from tiny_adapters import write_adapter
-
-import hydraopt
 from hydraopt.evaluation.gates import GateReport, GateRules
 from hydraopt.evaluation.result import Evaluation
 from infra.approvals import approve
@@ -26,25 +18,6 @@ from infra.object_store import ObjectStore
 from infra.supply_chain.describe import describe_bundle
 
 RULES = GateRules(max_storage_ratio=1, max_task_drop_percent=5, max_mean_drop_percent=5, min_samples=50)
-
-
-@pytest.fixture
-def adapter_folder(tmp_path: Path) -> Callable[[int], Path]:
-    """``adapter_folder(seed)``: a PEFT folder."""
-    return lambda seed: write_adapter(tmp_path / f"adapter-{seed}-{os.urandom(3).hex()}", seed)
-
-
-@pytest.fixture
-def bundle_folder(tmp_path: Path, adapter_folder: Callable[[int], Path]) -> Callable[[int], Path]:
-    """``bundle_folder(seed)``: a merged bundle of the tasks ``a`` and ``b``."""
-
-    def make(seed: int) -> Path:
-        adapters = {"a": adapter_folder(seed), "b": adapter_folder(seed + 1000)}
-        out = tmp_path / f"bundle-{seed}-{os.urandom(3).hex()}"
-        hydraopt.merge(adapters, budget=0.9, device="cpu").save(out)
-        return out
-
-    return make
 
 
 def measured(task: str, value: float = 0.8, samples: int = 100) -> Evaluation:
@@ -97,10 +70,3 @@ class Manager:
         bundle_id, _ = self.judged(seed)
         approve(self.store, self.name, bundle_id, self.who, self.key, self.trusted)
         return bundle_id
-
-
-@pytest.fixture
-def manager(object_store: ObjectStore, unique_name: str, bundle_folder: Callable[[int], Path]) -> Manager:
-    """Alice, who may approve, with a bundle name of her own."""
-    keys = (Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate())
-    return Manager(object_store, unique_name, "alice", *keys, bundle_folder)

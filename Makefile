@@ -5,7 +5,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: install demo test lint format bench down secrets clean
+.PHONY: install demo test chaos lint format bench down secrets clean
 
 install: $(READY)
 
@@ -21,6 +21,10 @@ demo: $(READY)  ## the whole pipeline on a small real example; KEEP=1 leaves the
 
 test: lint  ## linters, types, import contracts, and all tests
 	$(BIN)/python -m pytest $(ARGS)
+
+# The short form, a seeded sample of it, is part of `make test`. The seed stands in pytest's header.
+chaos: $(READY)  ## everything that tests/chaos can break, an hour; SEED=7 draws anew, ARGS= goes to pytest
+	$(BIN)/python -m pytest tests/chaos --chaos-long --chaos-seed=$(or $(SEED),1) -s $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -18,6 +18,17 @@ from infra.object_store import ObjectStore
 from infra.settings import Settings
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("chaos", "what tests/chaos breaks, and how often")
+    group.addoption("--chaos-long", action="store_true", help="the long form, an hour: `make chaos`")
+    group.addoption("--chaos-seed", type=int, default=1, help="repeats what a run with this seed broke")
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    form = "long" if config.getoption("--chaos-long") else "short"
+    return f"chaos: {form} form, --chaos-seed={config.getoption('--chaos-seed')}"
+
+
 @pytest.fixture(scope="session")
 def running_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningStore]:
     """One real SeaweedFS for the whole session, with random keys, in a temporary folder."""

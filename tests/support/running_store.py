@@ -94,7 +94,7 @@ def _command(binary: Path, folder: Path, ports: list[int]) -> list[str]:
     flags = [f"-{name}={port}" for name, port in zip(names, ports[:4], strict=True)]
     flags += [f"-{name}.grpc={port}" for name, port in zip(names, ports[4:], strict=True)]
     quiet = ["-master.telemetry=false", "-admin.ui=false", "-webdav=false", "-s3.port.iceberg=0"]
-    quiet += ["-s3.port.lance=0", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
+    quiet += ["-s3.port.lance=0", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-volume.preStopSeconds=0"]
     sockets = [f"-s3.localSocket={folder}/s3.sock", f"-filer.localSocket={folder}/filer.sock"]
     return [
         str(binary), "-logtostderr=true", "mini", f"-dir={folder}/data",

@@ -102,7 +102,10 @@ def pull(  # noqa: PLR0917 - progress comes last in every verb
                 _switch(out, home, pointer.bundle_id)
             _tidy(home, keep={pointer.bundle_id, before or pointer.bundle_id}, also_newest=not changed)
     except OSError as error:
-        raise HydraoptError(f"{out} cannot be written: {error.strerror or error}") from error
+        raise HydraoptError(
+            f"{out} cannot be written ({error.strerror or error}): the bundle it holds stays as it was; make room or "
+            "correct the rights, then run this again"
+        ) from error
     return Pulled(
         name=name,
         channel=channel,

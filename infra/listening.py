@@ -29,5 +29,5 @@ def check_listens(name: str, address: str) -> None:
     except OSError as error:
         raise ServiceError(
             f"{name} does not answer at {address} ({error.strerror or error}): "
-            "start it with `hydraopt up`, or correct its address"
+            "what was done before is kept; start it with `hydraopt up`, or correct its address, and run this again"
         ) from None

@@ -78,7 +78,7 @@ def told_plainly(settings: Settings, doing: str) -> Iterator[None]:
         reason = " ".join(str(error.message).partition("[SQL:")[0].split())[:400]
         raise ServiceError(
             f"MLflow at {settings.mlflow_uri} failed while {doing} ({error.error_code}: {reason}): "
-            "see its log, or start it with `hydraopt up`"
+            "what is in the object store stays; see its log, start it with `hydraopt up`, and run this again"
         ) from error
 
 

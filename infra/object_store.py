@@ -17,7 +17,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from botocore.exceptions import ClientError
+from botocore.exceptions import ClientError, IncompleteReadError
 
 from hydraopt.errors import RecordError, ServiceError
 from infra.atomic_files import atomic_file
@@ -259,6 +259,9 @@ class ObjectStore:
             raise
         with closing(answer["Body"]) as body:  # as a context manager it gives its raw inside
             data = body.read(LARGEST_RECORD + 1)
+        if len(data) < answer["ContentLength"] <= LARGEST_RECORD:
+            # boto3 tells only whoever reads on past the end; what came would look damaged.
+            raise IncompleteReadError(actual_bytes=len(data), expected_bytes=answer["ContentLength"])
         if len(data) > LARGEST_RECORD:
             raise RecordError(f"{key} is larger than {LARGEST_RECORD} bytes: that is no record of ours")
         return data, answer["ETag"]

@@ -31,6 +31,8 @@ INTERRUPTED = (
 )
 """Errors of a connection that broke or never came to be, as boto3 and the stream below it raise them."""
 
+_SAFE = "what was stored before is whole and stays"
+
 
 def code_of(error: ClientError) -> str:
     """The store's own word for what is wrong, such as ``PreconditionFailed``; HEAD gives a number only."""
@@ -57,8 +59,8 @@ def told_plainly(address: str, bucket: str, doing: str) -> Iterator[None]:
         raise ServiceError(_answered(error, address, bucket, doing)) from error
     except INTERRUPTED as error:
         raise ServiceError(
-            f"the object store at {address} does not answer ({type(error).__name__} while {doing}): "
-            "start it with `hydraopt up`, or check HYDRAOPT_S3_ENDPOINT"
+            f"the object store at {address} does not answer ({type(error).__name__} while {doing}): {_SAFE}; "
+            "start it with `hydraopt up`, or check HYDRAOPT_S3_ENDPOINT, and run this again"
         ) from error
     except (NoCredentialsError, PartialCredentialsError) as error:
         raise ServiceError(
@@ -69,7 +71,7 @@ def told_plainly(address: str, bucket: str, doing: str) -> Iterator[None]:
         # Its own text may quote what was sent or received; its kind says enough.
         raise ServiceError(
             f"what answers at {address} cannot be understood as an object store ({type(error).__name__} while "
-            f"{doing}): check HYDRAOPT_S3_ENDPOINT"
+            f"{doing}): {_SAFE}; check HYDRAOPT_S3_ENDPOINT and run this again"
         ) from error
 
 
@@ -86,4 +88,7 @@ def _answered(error: ClientError, address: str, bucket: str, doing: str) -> str:
             f"the object store at {address} has no bucket {bucket!r}: create it, or set HYDRAOPT_S3_BUCKET "
             f"(found while {doing})"
         )
-    return f"the object store at {address} failed while {doing}: {code} (HTTP {status}); look at its log"
+    return (
+        f"the object store at {address} failed while {doing}: {code} (HTTP {status}). {_SAFE.capitalize()}; see "
+        "`hydraopt status`, its log and whether its disk is full, then run this again"
+    )

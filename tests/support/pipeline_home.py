@@ -31,8 +31,9 @@ class Result:
 class Pipeline:
     """A home with running services, a base model with task files, and a process that runs commands."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **variables: str) -> None:
         self.folder = folder
+        self.variables = variables
         self.home = folder / "home"
         self.encoder = tiny_tasks.make_encoder(folder / "encoder")
         self._child: subprocess.Popen[str] | None = None
@@ -53,7 +54,13 @@ class Pipeline:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
-                env={**clean, "HYDRAOPT_HOME": str(self.home), "OMP_NUM_THREADS": "1", **variables},
+                env={
+                    **clean,
+                    "HYDRAOPT_HOME": str(self.home),
+                    "OMP_NUM_THREADS": "1",
+                    **self.variables,
+                    **variables,
+                },
             )
 
     def run_with(self, variables: dict[str, str], command: list[object]) -> Result:

@@ -104,9 +104,9 @@ def _command(binary: Path, folder: Path, ports: list[int]) -> list[str]:
 
 @contextmanager
 def started_store(folder: Path) -> Iterator[RunningStore]:
-    """A SeaweedFS with random keys that keeps everything in ``folder``, until the block is left."""
+    """A SeaweedFS that keeps everything in ``folder``, until the block is left; new keys and ports every time."""
     binary = weed_binary()
-    (folder / "data").mkdir()
+    (folder / "data").mkdir(exist_ok=True)
     ports = free_ports(8)
     store = RunningStore(f"http://127.0.0.1:{ports[3]}", *(secrets.token_hex(16) for _ in range(4)))
     (folder / "identities.json").write_text(json.dumps(_identities(store)))

@@ -45,7 +45,7 @@ def running_flows(settings: Settings) -> Iterator[None]:
     """Run flows inside. When it is left, Prefect has what they logged, and its server may be stopped.
 
     Raises:
-        ServiceError: If the connection to Prefect broke, instead of what its client raised.
+        ServiceError: If the connection to Prefect broke, or its server failed, instead of what its client raised.
     """
     import httpx
 
@@ -55,6 +55,13 @@ def running_flows(settings: Settings) -> Iterator[None]:
         raise ServiceError(
             f"Prefect at {settings.prefect_api_url} stopped answering ({type(error).__name__}): see its log, "
             "start it with `hydraopt up` and run this again; what was done is kept"
+        ) from error
+    except httpx.HTTPStatusError as error:
+        if not error.response.is_server_error:
+            raise
+        raise ServiceError(
+            f"Prefect at {settings.prefect_api_url} failed (HTTP {error.response.status_code}): see its log and "
+            "`hydraopt status`, start what does not work with `hydraopt up` and run this again; what was done is kept"
         ) from error
     finally:
         _deliver()

@@ -21,6 +21,7 @@ from hydraopt.errors import ServiceError
 
 _REFUSED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}
 _REFUSED |= {"AllAccessDisabled", "AccountProblem", "Forbidden", "Unauthorized", "401", "403"}
+_OUT_OF_TIME = {"RequestTimeTooSkewed", "RequestExpired"}
 INTERRUPTED = (
     HTTPClientError,
     IncompleteReadError,
@@ -78,6 +79,11 @@ def told_plainly(address: str, bucket: str, doing: str) -> Iterator[None]:
 def _answered(error: ClientError, address: str, bucket: str, doing: str) -> str:
     """One sentence for an answer that is an error: what it means and the way out."""
     code, status = code_of(error), status_of(error)
+    if code in _OUT_OF_TIME:
+        return (
+            f"the object store at {address} refused a request while {doing} ({code}): this machine's clock and the "
+            f"store's differ. {_SAFE.capitalize()}; set the clock right, then run this again"
+        )
     if code in _REFUSED or status in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}:
         return (
             f"the object store at {address} refused our key while {doing} ({code}): check "

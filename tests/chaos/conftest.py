@@ -3,7 +3,7 @@
 What is broken, one file each:
 
     test_killed_publishers.py   the publishing process, by SIGKILL at every request it makes and in between
-    test_many_publishers.py     nothing: 32 processes publish at once, and in a second round half of them die
+    test_many_publishers.py     nothing: many processes publish at once, 32 in the long form; then half of them die
     test_network_faults.py      the wire: latency, resets, half answers, 500s and 503s, through tcp_proxy.py
     test_full_disk.py           the store's disk and a device's, on small tmpfs mounts (needs root)
     test_killed_services.py     workers, a merge, Prefect, MLflow, PostgreSQL, SeaweedFS, alone and in pairs

@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -20,7 +19,7 @@ import pytest
 import infra
 from hydraopt.errors import HydraoptError, ServiceError
 from infra import local_services
-from infra.local_services import database, processes
+from infra.local_services import processes
 from infra.local_services.credentials import ensure_credentials
 from infra.object_store import ObjectStore
 from infra.settings import Settings
@@ -28,7 +27,7 @@ from infra.settings import Settings
 pytest.importorskip("prefect")
 
 import tiny_tasks
-from pipeline_home import Pipeline
+from pipeline_home import production_pipeline
 
 psycopg2 = pytest.importorskip("psycopg2", reason="needs the extra `production`")
 
@@ -42,23 +41,8 @@ RUN_LIMIT_S = 150
 
 @pytest.fixture(scope="module")
 def stack():
-    """Everything running, in a folder that PostgreSQL's user can enter when we are root."""
-    try:
-        database.program("postgres")
-    except ServiceError as error:
-        pytest.skip(f"{error}; continuous integration does so by itself, see .ci/run")
-    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as name:
-        for variable in [variable for variable in os.environ if variable.startswith("HYDRAOPT_")]:
-            patch.delenv(variable)
-        folder = Path(name)
-        folder.chmod(0o711)
-        made = Pipeline(folder)
-        try:
-            local_services.up(made.home, profile="production")
-            yield made
-        finally:
-            made.stop()
-            local_services.down(made.home)
+    with production_pipeline() as made:
+        yield made
 
 
 @pytest.fixture(scope="module")

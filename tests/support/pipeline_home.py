@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import tiny_tasks
+
+from hydraopt.errors import ServiceError
+from infra import local_services
+from infra.local_services import database
 
 CHILD = Path(__file__).with_name("commands_child.py")
 
@@ -42,7 +50,7 @@ class Pipeline:
         """Run commands one after another, in one process that stays."""
         if self._child is None:
             self._child = self.start()
-        return [self._ask(self._child, command) for command in commands]
+        return [self.ask(self._child, command) for command in commands]
 
     def start(self, **variables: str) -> subprocess.Popen[str]:
         """A new process for commands."""
@@ -66,7 +74,7 @@ class Pipeline:
     def run_with(self, variables: dict[str, str], command: list[object]) -> Result:
         """Run one command in a process of its own, with other variables."""
         with self.start(**variables) as child:
-            result = self._ask(child, command)
+            result = self.ask(child, command)
             child.stdin.close()
         return result
 
@@ -75,7 +83,8 @@ class Pipeline:
             self._child.stdin.close()
             self._child.wait(timeout=60)
 
-    def _ask(self, child: subprocess.Popen[str], command: list[object]) -> Result:
+    def ask(self, child: subprocess.Popen[str], command: list[object]) -> Result:
+        """Run one command in a process that :meth:`start` started."""
         print(json.dumps([str(word) for word in command]), file=child.stdin, flush=True)
         answer = child.stdout.readline()
         assert answer, f"{command} killed the process: {(self.folder / 'child.log').read_text()[-4000:]}"
@@ -90,3 +99,25 @@ class Pipeline:
 
     def task(self, name: str, **changes: Any) -> Path:
         return tiny_tasks.write_task(self.folder / "tasks", name, self.encoder, **changes)
+
+
+@contextlib.contextmanager
+def production_pipeline() -> Iterator[Pipeline]:
+    """The whole production profile running, in a folder that PostgreSQL's user can enter when we are root."""
+    pytest.importorskip("psycopg2", reason="needs the extra `production`")
+    try:
+        database.program("postgres")
+    except ServiceError as error:
+        pytest.skip(f"{error}; continuous integration does so by itself, see .ci/run")
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as name:
+        for variable in [variable for variable in os.environ if variable.startswith("HYDRAOPT_")]:
+            patch.delenv(variable)
+        folder = Path(name)
+        folder.chmod(0o711)
+        made = Pipeline(folder)
+        try:
+            local_services.up(made.home, profile="production")
+            yield made
+        finally:
+            made.stop()
+            local_services.down(made.home)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import grp
 import os
 import pwd
@@ -12,6 +13,8 @@ from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
+
+import psutil
 
 from hydraopt.errors import ServiceError
 from infra.local_services.health import UnhealthyError
@@ -25,6 +28,7 @@ INITDB_OPTIONS = ("--auth=scram-sha-256", "--encoding=UTF8", "--locale=C.UTF-8",
 
 _INIT_TIMEOUT_S = 120.0
 _SQL_TIMEOUT_S = 20.0
+_ORPHANS_NOTICE_S = 3.0
 
 
 class User(NamedTuple):
@@ -129,6 +133,28 @@ def make_cluster(folder: Path, password: str, user: User | None) -> None:
     finally:
         secret.unlink(missing_ok=True)
     half.rename(data)
+
+
+def end_orphans(folder: Path) -> None:
+    """Have nothing left of a server that was killed: its children hold the memory that the next one asks for.
+
+    They end by themselves, but not at once. They hide the variables by which others are found; all of them work in
+    the data folder, and nobody else does.
+    """
+    data = folder / "data"
+    left = [process for process in psutil.process_iter() if _works_in(process, data)]
+    _, left = psutil.wait_procs(left, timeout=_ORPHANS_NOTICE_S)
+    for process in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(left, timeout=_ORPHANS_NOTICE_S)
+
+
+def _works_in(process: psutil.Process, folder: Path) -> bool:
+    try:
+        return Path(process.cwd()) == folder
+    except (psutil.Error, OSError):
+        return False
 
 
 def provision(port: int, password: str, variables: Mapping[str, str]) -> None:

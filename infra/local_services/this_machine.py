@@ -90,6 +90,11 @@ def _postgres(here: Place, home: Path) -> Definition:
     folder, password = home / "postgres", here.secrets["postgres_password"]
     port, user = here.ports["postgres"]["sql"], database.run_as()
     given = production.database_variables(here)
+
+    def prepare() -> None:
+        database.end_orphans(folder)
+        database.make_cluster(folder, password, user)
+
     return Definition(
         "postgres",
         f"postgresql://{HOST}:{port}",
@@ -99,7 +104,7 @@ def _postgres(here: Place, home: Path) -> Definition:
         lambda _: health.check_postgres(blueprint.probe),
         user=user,
         folder=folder,
-        prepare=lambda: database.make_cluster(folder, password, user),
+        prepare=prepare,
         provision=lambda: database.provision(port, password, given),
     )
 

@@ -7,6 +7,7 @@ What is broken, one file each:
     test_network_faults.py      the wire: latency, resets, half answers, 500s and 503s, through tcp_proxy.py
     test_full_disk.py           the store's disk and a device's, on small tmpfs mounts (needs root)
     test_killed_services.py     workers, a merge, Prefect, MLflow, PostgreSQL, SeaweedFS, alone and in pairs
+    test_mlflow_faults.py       the wire again, to MLflow
     test_clock_jump.py          the clock of a client, days forward and back (needs libfaketime)
 
 What must hold afterwards is in invariants.py, and it is the same for all: the live version is a whole, signed,
@@ -26,6 +27,7 @@ from dataclasses import replace
 
 import pytest
 from managers import Manager
+from office import Office, open_office
 from publishers import Publishers
 from running_store import RunningStore
 
@@ -44,6 +46,16 @@ def long_form(request: pytest.FixtureRequest) -> bool:
 def chance(request: pytest.FixtureRequest) -> random.Random:
     """What draws in this test."""
     return random.Random(f"{request.config.getoption('--chaos-seed')} {request.node.name}")
+
+
+@pytest.fixture(scope="package")
+def office() -> Iterator[Office]:
+    """The production profile with a live version, for all tests in this folder."""
+    pytest.importorskip("prefect")
+    with open_office() as made:
+        yield made
+    if made.measured:
+        print("\n" + "\n".join(made.measured))
 
 
 @pytest.fixture

@@ -139,14 +139,15 @@ class Startup:
         return True
 
     def _start_again(self, name: str) -> None:
-        """After an early end: once more if somebody else took a port meanwhile.
+        """After an early end: once more if it ran before this call, or somebody else took a port meanwhile.
 
         Raises:
-            ServiceError: If that was not the reason.
+            ServiceError: If neither was the reason.
         """
         self.records = stop_service(self.home, self.records, name, STOP_GRACE_S)
         stolen = not all(ports.is_free(port) for port in self.records.get(name).ports.values())
-        if not stolen or self.attempts.get(name, 0) >= _ATTEMPTS:
+        attempts = self.attempts.get(name, 0)  # none: it was alive when we looked, and has died since
+        if attempts and (not stolen or attempts >= _ATTEMPTS):
             raise self._failed(name, "ended while starting")
         self._start(name)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -273,6 +274,19 @@ def test_a_server_that_does_not_start_names_its_log(store_only):
     with pytest.raises(ServiceError, match=rf"store ended while starting.*{store_only}/logs/store\.log"):
         up(store_only, runner=False)
     assert not status(store_only)["store"].running
+
+
+def test_a_server_that_dies_while_it_is_looked_at_is_started_again(store_only):
+    """It was alive when `up` began, and ended before it answered."""
+    up(store_only, runner=False)
+    before = psutil.Process(status(store_only)["store"].pid)
+    before.suspend()  # alive, and answers nothing
+    killer = threading.Timer(1, before.kill)
+    killer.start()
+    state = up(store_only, runner=False)["store"]
+    killer.join()
+    assert state.healthy
+    assert state.pid != before.pid
 
 
 def test_down_leaves_no_process(home):

@@ -12,6 +12,7 @@ from hydraopt.errors import AdapterFormatError
 
 CONFIG_FILE = "adapter_config.json"
 _MAX_CONFIG_BYTES = 10_000_000
+_MOST_SHOWN = 200  # characters of a value in a message
 
 COMMON = frozenset({
     "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_type",
@@ -35,7 +36,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise AdapterFormatError(f"{path}: {path.stat().st_size} bytes is no adapter configuration")
     try:
         config = json.loads(path.read_bytes())
-    except ValueError as reason:
+    except (ValueError, RecursionError) as reason:
         raise AdapterFormatError(f"{path}: not JSON ({reason})") from reason
     if not isinstance(config, dict):
         raise AdapterFormatError(f"{path}: expected a JSON object, found {type(config).__name__}")
@@ -44,6 +45,9 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{path}: base_model_name_or_path is {config.get('base_model_name_or_path')!r}; "
             "write the name of the base model the adapter was trained on"
         )
+    revision = config.get("revision")
+    if revision is not None and not isinstance(revision, str):
+        raise AdapterFormatError(f"{path}: revision is {_short(revision)}; expected text")
     return config
 
 
@@ -57,17 +61,25 @@ def check_settings(
     """
     for setting, reason in refused.items():
         if config.get(setting):
-            raise AdapterFormatError(f"{where}: {setting}={config[setting]!r} is not supported: {reason}")
+            raise AdapterFormatError(
+                f"{where}: {setting}={_short(config[setting])} is not supported: {reason}"
+            )
     for setting, value in config.items():
         if setting not in refused and setting not in known and setting not in COMMON and value:
             raise AdapterFormatError(
-                f"{where}: unknown setting {setting}={value!r}; it may change what the adapter computes, "
+                f"{where}: unknown setting {_short(setting)}={_short(value)}; it may change what the adapter computes, "
                 "so it is refused rather than guessed"
             )
     if config.get("bias", "none") != "none":
         raise AdapterFormatError(
             f"{where}: bias={config['bias']!r} is not supported: trained biases are not low-rank"
         )
+
+
+def _short(value: object) -> str:
+    """A value as a message shows it: a stranger's may be megabytes long."""
+    text = repr(value)
+    return text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN - 1]}…"
 
 
 def number(where: str, config: Mapping[str, Any], key: str) -> float:

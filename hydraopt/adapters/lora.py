@@ -130,7 +130,10 @@ def _module(source: Source, down: str, up: str, layer: Layer) -> AdapterModule:
             f"{down!r} has no matching {'lora_B' if layer == 'linear' else 'lora_embedding_B'}"
         )
     check_target(source, name)
-    rank = int(_pattern_value(config.get("rank_pattern"), name, config["r"]))
+    rank = _pattern_value(config.get("rank_pattern"), name, config["r"])
+    if rank != int(rank):
+        raise source.refuse(f"module {name!r}: the configuration says rank {rank}; expected a whole number")
+    rank = int(rank)
     alpha = float(_pattern_value(config.get("alpha_pattern"), name, config["lora_alpha"]))
     a, b = source.matrix(down), source.matrix(up)
     if a[0] != rank or b[1] != rank or rank < 1:

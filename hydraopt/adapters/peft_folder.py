@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +18,7 @@ from hydraopt.adapters.kinds import KINDS, find_kind
 from hydraopt.adapters.module import AdapterModule, Source
 from hydraopt.adapters.tensor_file import TensorEntry, TensorFile
 from hydraopt.adapters.whole_tensors import MAGNITUDE, copied_module, is_saved, saved_modules
-from hydraopt.errors import AdapterFormatError
+from hydraopt.errors import AdapterFormatError, HydraoptError
 
 TENSOR_FILE = "adapter_model.safetensors"
 
@@ -198,5 +199,13 @@ def read_adapter(folder: str | Path) -> Adapter:
             )
         raise AdapterFormatError(f"{folder}: not a PEFT adapter folder: {TENSOR_FILE} is missing")
     file = TensorFile(folder / TENSOR_FILE, AdapterFormatError)
-    contents = kind.read(Source(str(folder), config, file.entries, file.read))
+    try:
+        contents = kind.read(Source(str(folder), config, file.entries, file.read))
+    except HydraoptError:
+        raise
+    except (TypeError, ValueError, OverflowError, AttributeError, re.error) as reason:
+        raise AdapterFormatError(
+            f"{folder / CONFIG_FILE}: a setting has a value of another kind than PEFT writes ({reason}); "
+            "save the adapter again"
+        ) from reason
     return Adapter(folder, config, file, contents.modules, contents.extras, contents.settings)

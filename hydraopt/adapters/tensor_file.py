@@ -16,7 +16,8 @@ from torch import Tensor
 
 from hydraopt.errors import HydraoptError
 
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
+MAX_HEADER_BYTES = 16_000_000
+"""About 100 000 tensors. The format allows 100 MB, which would take two gigabytes of memory once parsed."""
 
 _DTYPES = {
     "F64": torch.float64,
@@ -98,16 +99,25 @@ def _read_header(path: Path, error: type[HydraoptError]) -> dict[str, TensorEntr
                 f"{path}: this is a pickle with another name, not safetensors; it was not opened. {_SAVE_AGAIN}"
             )
         raise error(
-            f"{path}: not a safetensors file (its header claims {length} of {size} bytes). {_SAVE_AGAIN}"
+            f"{path}: not a safetensors file (its header claims {length} of {size} bytes; at most {MAX_HEADER_BYTES} "
+            f"are read). {_SAVE_AGAIN}"
         )
     try:
         with safe_open(path, framework="pt"):
             pass  # the library checks offsets, overlaps and shapes against the file's length
-        entries = json.loads(header)
+        entries = json.loads(header, object_pairs_hook=_unique)
     except (SafetensorError, ValueError, RuntimeError, OSError) as reason:
         raise error(f"{path}: not a whole safetensors file ({reason}). {_SAVE_AGAIN}") from reason
     entries.pop("__metadata__", None)
     return {name: _entry(path, name, value, 8 + length, error) for name, value in sorted(entries.items())}
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """An object whose keys stand once: of two, readers would not agree which counts."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name stands twice in its header")
+    return found
 
 
 _SAVE_AGAIN = "Save it again with `save_pretrained(..., safe_serialization=True)`."

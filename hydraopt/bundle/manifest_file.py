@@ -12,7 +12,7 @@ from hydraopt.errors import BundleError, HydraoptError
 from hydraopt.names import check_task_name
 from hydraopt.precision import PRECISIONS
 
-_MAX_MANIFEST_BYTES = 100_000_000
+_MAX_MANIFEST_BYTES = 16_000_000  # thousands of tasks; a hundred megabytes would take many gigabytes to check
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -62,7 +62,7 @@ def _claimed_schema(data: bytes) -> int:
     """The schema a manifest says it has, though its fields do not fit this version's; ours if it says none."""
     try:
         value = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         return SCHEMA
     version = value.get("schema_version") if isinstance(value, dict) else None
     return version if isinstance(version, int) else SCHEMA

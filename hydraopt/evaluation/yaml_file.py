@@ -11,10 +11,19 @@ from pydantic import ValidationError
 from hydraopt.errors import TaskFileError
 
 _MAX_FILE_BYTES = 1_000_000
+_MAX_VALUES = 100_000  # with every alias written out
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
     """PyYAML keeps the last of two equal keys without a word; we refuse them."""
+
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        if node is not None and _values(node, {}) > _MAX_VALUES:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"its aliases stand for more than {_MAX_VALUES:,} values", node.start_mark
+            )
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -27,6 +36,19 @@ class _UniqueKeyLoader(yaml.SafeLoader):
             if isinstance(key, str) and key != "<<":  # merge keys may repeat
                 seen.add(key)
         return super().construct_mapping(node, deep=deep)
+
+
+def _values(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values a node stands for with every alias written out; a node inside itself counts as too many."""
+    if id(node) not in known:
+        known[id(node)] = _MAX_VALUES + 1
+        parts: list[yaml.Node] = []
+        if isinstance(node, yaml.SequenceNode):
+            parts = node.value
+        elif isinstance(node, yaml.MappingNode):
+            parts = [part for pair in node.value for part in pair]
+        known[id(node)] = 1 + sum(_values(part, known) for part in parts)
+    return known[id(node)]
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

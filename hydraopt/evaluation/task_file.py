@@ -116,6 +116,11 @@ class LoraSettings(_Strict):
         le=2**32 - 1,
         description="Seed of A. Tasks that share it start from one A, which is what makes them merge well.",
     )
+    freeze_a: bool = Field(
+        False,
+        description="Train B alone (LoRA-FA, Zhang et al., arXiv 2308.03303): tasks of one init_seed then end with the "
+        "very same A, of which a bundle keeps one.",
+    )
 
 
 class TrainingSettings(_Strict):

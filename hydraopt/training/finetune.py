@@ -158,6 +158,10 @@ def _new_adapter(task: TaskFile, device: str) -> tuple[Any, LoadedBase]:
             f"task {task.name!r}: lora.target_modules {targets!r} does not fit {task.base_model!r}: "
             f"{str(reason).splitlines()[0]}"
         ) from reason
+    if task.lora.freeze_a:
+        for name, parameter in model.named_parameters():
+            if ".lora_A." in name or ".lora_embedding_A." in name:
+                parameter.requires_grad_(requires_grad=False)
     # Left set, PEFT would ask the hub for this name at every checkpoint.
     model.peft_config["default"].base_model_name_or_path = ""
     return model.to(device), base

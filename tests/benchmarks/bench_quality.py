@@ -50,7 +50,7 @@ def main() -> None:
     folders: dict[AdapterSet, dict[str, Path]] = {}
     tasks: dict[str, TaskFile] = {}
     for adapters in adapter_sets(arguments.seeds, arguments.own_init_seeds):
-        tasks = write_task_files(work, adapters, arguments.examples)
+        tasks = write_task_files(work, adapters, arguments.examples, freeze_a=arguments.freeze_a)
         folders[adapters] = train_set(tasks, adapters, work, console)
     if arguments.train_only:
         return
@@ -213,7 +213,7 @@ def _machine() -> str:
 
 
 def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(arguments, name) for name in ("examples", "train_rows", "test_rows")}
+    return {name: getattr(arguments, name) for name in ("examples", "freeze_a", "train_rows", "test_rows")}
 
 
 def _arguments() -> argparse.Namespace:
@@ -230,6 +230,11 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--examples", type=int, default=3200, help="Training rows a task sees, repeats counted."
+    )
+    parser.add_argument(
+        "--freeze-a",
+        action="store_true",
+        help="Train B alone: all tasks of a set keep one A. Give it its own --work.",
     )
     parser.add_argument("--train-rows", type=int, help="Training rows per task at most; default all.")
     parser.add_argument("--test-rows", type=int, help="Test rows per task at most; default all.")

@@ -36,6 +36,11 @@ class BundleSpec(BaseModel):
         None, description="Its tasks; None: all that have a serving adapter."
     )
     recipe: Recipe = Field(default_factory=lambda: Recipe(budget=DEFAULT_BUDGET), description="How to merge.")
+    keep_shared: bool = Field(
+        False,
+        description="Keep the shared part of the live bundle, so that devices fetch the changed tasks' files alone; "
+        "merged afresh where that is not possible or a changed task fits it badly.",
+    )
     gates: GateRules = Field(default_factory=GateRules, description="What a candidate must pass.")
     channel: str = Field("stable", description="Where an approved bundle is published.")
     approval: ApprovalPolicy | None = Field(

@@ -88,4 +88,6 @@ def _fingerprint(spec: BundleSpec, versions: dict[str, AdapterVersion]) -> str:
             "train them on one"
         )
     digests = {task: version.digest for task, version in versions.items()}
-    return set_fingerprint(spec.base_model, revisions.pop(), digests, spec.recipe)
+    return set_fingerprint(
+        spec.base_model, revisions.pop(), digests, spec.recipe, keep_shared=spec.keep_shared
+    )

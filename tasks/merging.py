@@ -5,10 +5,12 @@ from __future__ import annotations
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import hydraopt
+from hydraopt import Bundle
 from hydraopt.bundle.layout import MANIFEST_FILE
-from hydraopt.errors import BudgetError, BundleError
+from hydraopt.errors import AdapterMismatchError, BudgetError, BundleError
 from hydraopt.evaluation.evaluate import evaluate_adapter, evaluate_bundle_tasks
 from hydraopt.evaluation.result import Evaluation
 from hydraopt.merging.frontier import frontier
@@ -18,12 +20,14 @@ from infra.adapter_store import AdapterVersion
 from infra.atomic_files import write_atomically
 from infra.blobs import BlobRef
 from infra.bundle_store import read_manifest, read_manifest_bytes
+from infra.channels import live
 from infra.metrics import write_merge
 from infra.object_store import ObjectStore
 from infra.settings import Settings
 from tasks.adapters import fetch_version
 from tasks.desired import DesiredSet
 from tasks.jobs import Job, recorded_evaluation, recorded_job
+from tasks.log_lines import say
 from tasks.store import object_store
 from tasks.verb import progress, verb
 
@@ -36,11 +40,34 @@ def merge_adapters(settings: Settings, desired: DesiredSet, folders: dict[str, P
         return out
     shutil.rmtree(out, ignore_errors=True)
     started = time.monotonic()
-    recipe = desired.spec.recipe
-    bundle = hydraopt.merge(folders, **recipe.model_dump(exclude=MADE_FROM), progress=progress)
+    recipe = desired.spec.recipe.model_dump(exclude=MADE_FROM)
+    bundle = _merged_onto_live(settings, desired, folders, recipe)
+    if bundle is None:
+        bundle = hydraopt.merge(folders, **recipe, progress=progress)
     bundle.save(out)
     write_merge(settings.home, desired.spec.name, time.monotonic() - started)
     return out
+
+
+def _merged_onto_live(
+    settings: Settings, desired: DesiredSet, folders: dict[str, Path], recipe: dict[str, Any]
+) -> Bundle | None:
+    """The set on the shared part of what is live. None, with the reason in the log, if it is to be merged afresh."""
+    spec = desired.spec
+    move = live(object_store(settings), spec.name, spec.channel) if spec.keep_shared else None
+    if move is None:
+        return None
+    try:
+        former = bundle_folder.fn(settings, spec.name, move.bundle_id, None)
+        bundle = hydraopt.merge(folders, **recipe, keep_shared=former, progress=progress)
+    except (AdapterMismatchError, BudgetError, BundleError) as reason:
+        say("merged afresh, the shared part of version %s cannot be kept: %s", move.version, reason)
+        return None
+    if bundle.warnings:
+        say("merged afresh instead of onto version %s: %s", move.version, "; ".join(bundle.warnings))
+        return None
+    say("the shared part of version %s is kept", move.version)
+    return bundle
 
 
 @verb(task_run_name="draw the frontier of {desired.spec.name}")

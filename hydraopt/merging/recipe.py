@@ -174,18 +174,28 @@ class Recipe(BaseModel):
 
 
 def set_fingerprint(
-    base_model: str, revision: str | None, adapters: Mapping[str, str], recipe: Recipe
+    base_model: str,
+    revision: str | None,
+    adapters: Mapping[str, str],
+    recipe: Recipe,
+    *,
+    keep_shared: bool = False,
 ) -> str:
     """SHA-256 (hex) of an adapter set under a recipe: equal exactly when the merge would be the same.
+
+    A merge that keeps the shared part of what is live depends on that, too. It is named in the bundle's own recipe;
+    the set belongs to the first bundle made of it.
 
     Args:
         base_model: Name of the frozen base model.
         revision: Its revision, if the adapters name one.
         adapters: Adapter digest (hex) by task name; the order is irrelevant.
         recipe: How to merge.
+        keep_shared: Whether the shared part of a live bundle may be kept.
     """
     canonical = json.dumps(
-        {
+        ({"keep_shared": True} if keep_shared else {})
+        | {
             "solver": SOLVER_VERSION,
             "base_model": base_model,
             "revision": revision,

@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 import yaml
 
+import hydraopt
 from infra import local_services
 from infra.object_store import ObjectStore
 from infra.settings import Settings
@@ -206,6 +207,44 @@ def test_one_new_adapter_makes_a_second_version_and_rollback_undoes_it(registere
         "state": "unchanged",
         "bundle_id": candidate,
     }
+
+
+def test_a_bundle_that_keeps_its_shared_part_sends_devices_the_changed_task_alone(registered, released):
+    """The first bundle of a name has nothing to keep; a set with another recipe is merged afresh."""
+    spec = registered.home / "bundles" / "kept.yaml"
+    content = yaml.safe_load((registered.home / "bundles" / "tiny.yaml").read_text())
+    content |= {"name": "kept", "keep_shared": True, "recipe": {"budget": 0.8, "method": "separate"}}
+    content["gates"] |= {"max_storage_ratio": 1.0}
+    spec.write_text(yaml.safe_dump(content))
+    out = registered.folder / "kept-device"
+
+    def release() -> dict[str, Any]:
+        (merged,) = registered.good(["reconcile"])
+        found = merged["bundles"]["kept"]["bundle_id"]
+        *_, pulled = registered.good(
+            ["approve", found, "--as", "ana", "--key", released], ["pull", "kept", "--out", out]
+        )
+        assert pulled["bundle_id"] == found
+        return pulled
+
+    def made_onto() -> str | None:
+        return hydraopt.Bundle.load(out).manifest.recipe.shared_from
+
+    try:
+        first = release()
+        assert first["fetched_files"] == len(tiny_tasks.TASKS) + 1
+        registered.good(["finetune", registered.task("first", seed=1)])
+        second = release()
+        assert second["fetched_files"] == 1
+        assert made_onto() == first["bundle_id"]
+
+        spec.write_text(yaml.safe_dump({**content, "recipe": {"max_error": 0.2, "method": "paper"}}))
+        third = release()
+        assert third["bundle_id"] not in {first["bundle_id"], second["bundle_id"]}
+        assert made_onto() is None
+    finally:
+        spec.unlink()
+        registered.good(["finetune", registered.task("first")])
 
 
 def test_a_task_without_test_rows_fails_the_gates(registered, released):

@@ -92,7 +92,7 @@ def read_change(body: bytes) -> Change | Refused | None:
         if entity != "model_version_alias" or data["alias"] != SERVING:
             return None
         return Change(str(data["name"]), str(action))
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return Refused(400, "the body is not what MLflow sends")
 
 

@@ -191,7 +191,7 @@ def _holds(key: Ed25519PublicKey, signature: bytes, signed: bytes) -> bool:
 def _payload(body: bytes) -> dict[str, Any]:
     try:
         payload = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         payload = None
     if not isinstance(payload, dict):
         raise RecordError("a signed record holds no JSON object")

@@ -141,7 +141,7 @@ def _checked(folder: Path, progress: Progress) -> dict[str, tuple[str, int]]:
         raise RecordError(
             f"{folder / INDEX} cannot be read ({error.strerror}): an export writes it last, finish that one first"
         ) from error
-    except (ValidationError, ValueError):
+    except (ValidationError, ValueError, RecursionError):
         raise RecordError(f"{folder / INDEX} is damaged: export again") from None
     for done, (key, (sha256, size)) in enumerate(index.objects.items(), start=1):
         path = _path(folder, key)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hydraopt.adapters.name_patterns import matches
 from hydraopt.errors import AdapterFormatError
 
 CONFIG_FILE = "adapter_config.json"
@@ -109,7 +109,7 @@ def whole_number(where: str, config: Mapping[str, Any], key: str, least: int = 1
 def is_target(name: str, targets: object) -> bool:
     """PEFT's rule: a string is "all-linear" or a regular expression, a list holds names or suffixes."""
     if isinstance(targets, str):
-        return targets == "all-linear" or re.fullmatch(targets, name) is not None
+        return targets == "all-linear" or matches(targets, name)
     if not isinstance(targets, list):
         return False
     return any(name == target or name.endswith(f".{target}") for target in targets)

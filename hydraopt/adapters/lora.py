@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hydraopt.adapters.configuration import is_target, number
 from hydraopt.adapters.module import PREFIX, AdapterModule, Contents, Kind, Layer, Parts, Source
+from hydraopt.adapters.name_patterns import matches
 from hydraopt.adapters.whole_tensors import MAGNITUDE, whole_tensors
 
 # (how A ends, how B ends, what the update is added to)
@@ -171,6 +172,6 @@ def _magnitudes(source: Source, modules: Mapping[str, AdapterModule]) -> list[st
 def _pattern_value(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
     """PEFT's rule (``get_pattern_key``): the first key that matches a whole tail of the name."""
     for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", name):
+        if matches(rf"(.*\.)?({key})", name):
             return value
     return default

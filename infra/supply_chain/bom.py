@@ -88,7 +88,7 @@ def check_bill(bill: bytes, name: str, bundle_id: str, manifest: Manifest) -> No
             "adapters": {one["name"]: one["version"] for one in _of(content, "adapter:")},
             "base model": [(one["name"], one.get("version")) for one in _of(content, "base-model")],
         }
-    except (ValueError, KeyError, TypeError, IndexError):
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
         raise RecordError(f"the bill of materials of bundle {bundle_id} is damaged") from None
     expected = {
         "format": ("CycloneDX", "1.6"),

@@ -95,7 +95,7 @@ def open_provenance(
     """
     try:
         content = json.loads(envelope)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise RecordError(f"the provenance of bundle {bundle_id} is damaged: it is no JSON") from None
     try:
         statement, _ = open_signed(content, services or None, PAYLOAD_TYPE)

@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import hydraopt
 from hydraopt.errors import AdapterFormatError, BundleError, HydraoptError, TaskFileError
@@ -127,6 +128,7 @@ def test_as_many_tensors_as_a_large_mixture_of_experts_has_are_read(tmp_path):
         ({"lora_alpha": 10**400}, "another kind than PEFT writes"),
         ({"r": float("nan")}, "another kind than PEFT writes"),
         ({"r": 4.5}, "whole number"),
+        ({"target_modules": "(([a-z0-9_.]+)+)+!"}, "does not name it"),  # Python's own library needs hours
         ({"modules_to_save": 5}, "another kind than PEFT writes"),
         ({"modules_to_save": [{"a": 1}]}, "another kind than PEFT writes"),
         ({"task_type": ["x"]}, "another kind than PEFT writes"),
@@ -139,6 +141,22 @@ def test_a_setting_of_another_kind_is_refused_briefly(tmp_path, changes, words):
     config = folder / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | changes))
     check(lambda: hydraopt.read_adapter(folder), AdapterFormatError, words)
+
+
+@pytest.mark.parametrize("setting", ["target_modules", "rank_pattern"])
+def test_a_pattern_that_takes_for_ever_is_refused(tmp_path, setting):
+    """Twice as many ways for every letter more: no library finds out in time."""
+    folder = write_adapter(tmp_path / "adapter", 1)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file(
+        {name.replace("self_attn", "a" * 200): tensor for name, tensor in tensors.items()},
+        folder / "adapter_model.safetensors",
+    )
+    pattern = r"(\w|\w\w|\.)+[A-Z]"
+    config = folder / "adapter_config.json"
+    changed = {setting: pattern if setting == "target_modules" else {pattern: 4}}
+    config.write_text(json.dumps(json.loads(config.read_text()) | changed))
+    check(lambda: hydraopt.read_adapter(folder), AdapterFormatError, "takes more than")
 
 
 @pytest.mark.parametrize(

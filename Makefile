@@ -40,6 +40,9 @@ bench: $(READY)  ## merge time, memory and error on model shapes, beside PEFT's 
 	$(BIN)/python tests/benchmarks/bench_merge.py
 	$(BIN)/python tests/benchmarks/bench_baselines.py
 
+bench-pipeline: $(READY)  ## publishing, a device's update, a registration's way and recoveries on local services
+	$(BIN)/python tests/benchmarks/bench_pipeline.py
+
 down: $(READY)
 	$(BIN)/hydraopt down
 

@@ -10,6 +10,7 @@ would lower the error by 4 % at several times the work. ``noise`` is the mean sq
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -128,6 +129,29 @@ def decode(data: Tensor, length: int, bits: int, dtype: torch.dtype) -> Tensor:
     if length % width:
         levels = torch.nn.functional.pad(levels, (0, -length % width))
     return levels.view(count, groups, width).mul_(scales).flatten(1)[:, :length]
+
+
+def reads_finite(data: Tensor, length: int, bits: int, dtype: torch.dtype) -> bool:
+    """Whether :func:`decode` would give finite numbers only. Of low-bit vectors none but the scales are looked at.
+
+    Args:
+        data: (count, ``vector_bytes(length, bits)``), uint8.
+        length: Numbers per vector.
+        bits: One of :data:`PRECISIONS`.
+        dtype: Float dtype for 16 and 32 bits.
+    """
+    if bits >= 16:
+        return all_finite(data.contiguous().view(-1).clone().view(dtype))
+    scales = data[:, vector_bytes(length, bits) - 2 * _groups(length) :]
+    return all_finite(scales.flatten().clone().view(torch.bfloat16).float() * PRECISIONS[bits].half)
+
+
+def all_finite(numbers: Tensor) -> bool:
+    """Whether no number is NaN or infinite. One pass, several times as fast as ``isfinite(...).all()``."""
+    if numbers.numel() == 0:
+        return True
+    least, most = torch.aminmax(numbers)  # either is NaN if any number is
+    return math.isfinite(least.item()) and math.isfinite(most.item())
 
 
 def encode_ragged(

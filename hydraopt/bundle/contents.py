@@ -32,6 +32,7 @@ from hydraopt.bundle.manifest_file import read_manifest
 from hydraopt.bundle.stored_rows import Link, Reader, StoredRows
 from hydraopt.bundle.whole_folder import write_file
 from hydraopt.errors import BundleError
+from hydraopt.precision import all_finite
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -262,8 +263,8 @@ def verify(path: str | Path) -> Manifest:
     """
     path = Path(path)
     bundle = Bundle.load(path)
-    for name, tensor in _floats(bundle):
-        if not bool(torch.isfinite(tensor).all()):
+    for name, is_finite in _finite_parts(bundle):
+        if not is_finite:
             raise BundleError(f"{path}: {name} holds NaN or infinite values")
     known = {MANIFEST_FILE, *bundle.manifest.files()}
     found = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()}
@@ -272,21 +273,21 @@ def verify(path: str | Path) -> Manifest:
     return bundle.manifest
 
 
-def _floats(bundle: Bundle) -> Iterator[tuple[str, Tensor]]:
-    """Everything the bundle stores, as it reads back, with the file it is in."""
+def _finite_parts(bundle: Bundle) -> Iterator[tuple[str, bool]]:
+    """Of everything the bundle stores the file it is in, and whether it reads back as finite numbers."""
     bits = bundle.manifest.precisions
     shared = Reader(bundle.contents.shared, bundle.dtype)
     for module in bundle.manifest.modules:
         for part in shared.take(shared_blocks(module, bits)):
-            yield f"{SHARED_FILE} (module {module.name!r})", part.read()
+            yield f"{SHARED_FILE} (module {module.name!r})", part.is_finite()
     for index, task in enumerate(bundle.task_names):
         heads = Reader(bundle.contents.heads[task], bundle.dtype)
         for module in bundle.manifest.modules:
             for part in heads.take(head_blocks(module, module.heads[index], bits)):
-                yield f"{task_file(task)} (module {module.name!r})", part.read()
+                yield f"{task_file(task)} (module {module.name!r})", part.is_finite()
         for name, extra in bundle.contents.extras[task].items():
             if extra.is_floating_point():
-                yield f"{task_file(task)}:{name}", extra
+                yield f"{task_file(task)}:{name}", all_finite(extra)
 
 
 def _read_file(path: Path, name: str, entry: FileEntry) -> dict[str, Tensor]:

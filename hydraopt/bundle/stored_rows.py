@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from hydraopt.bundle.layout import Block
-from hydraopt.precision import decode, vector_bytes
+from hydraopt.precision import decode, reads_finite, vector_bytes
 
 
 @dataclass(frozen=True)
@@ -22,17 +22,24 @@ class StoredRows:
 
     def read(self) -> Tensor:
         """The vectors (count, length), in float32 if any of them is kept in fewer than 16 bits."""
-        parts, start = [], 0
-        for count, bits in self.block.counts:
-            width = vector_bytes(self.block.length, bits)
-            data = self.data[start : start + count * width].view(count, width)
-            parts.append(decode(data, self.block.length, bits, self.dtype))
-            start += count * width
+        parts = [decode(data, self.block.length, bits, self.dtype) for data, bits in self._runs()]
         if not parts:
             return torch.empty(0, self.block.length, dtype=self.dtype, device=self.data.device)
         if len({part.dtype for part in parts}) > 1:
             parts = [part.float() for part in parts]
         return torch.cat(parts)
+
+    def is_finite(self) -> bool:
+        """Whether :meth:`read` would give finite numbers only."""
+        return all(reads_finite(data, self.block.length, bits, self.dtype) for data, bits in self._runs())
+
+    def _runs(self) -> Iterator[tuple[Tensor, int]]:
+        """Neighbours of one precision: their bytes (count, bytes per vector), and bits."""
+        start = 0
+        for count, bits in self.block.counts:
+            width = vector_bytes(self.block.length, bits)
+            yield self.data[start : start + count * width].view(count, width), bits
+            start += count * width
 
 
 @dataclass(frozen=True)

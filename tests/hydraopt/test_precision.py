@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,7 @@ from hydraopt.precision import (
     decode,
     encode,
     encode_ragged,
+    reads_finite,
     vector_bytes,
 )
 
@@ -98,3 +101,19 @@ def test_vectors_of_many_heads_keep_their_own_precision():
         assert [block.shape[0] for block in stored[head]] == [
             count for level in range(3) if (count := int((levels[head] == level).sum()))
         ]
+
+
+@pytest.mark.parametrize("bits", PRECISIONS)
+@pytest.mark.parametrize("spoil", [None, math.nan, math.inf, -math.inf, 3e38])
+def test_what_reads_back_as_no_number_is_told_without_reading(bits, spoil):
+    """Any one scale, or number of 16 or 32 bits, against what decoding gives: 3e38 times a high level is too much."""
+    dtype = torch.float32 if bits == 32 else torch.bfloat16
+    data, _ = encode(gaussian(5, 300, seed=bits), bits, dtype)
+    if spoil is not None:
+        kept = dtype if bits >= 16 else torch.bfloat16  # the scales are last in a vector
+        wrong = torch.tensor([spoil]).to(kept).view(torch.uint8)
+        data[3, data.shape[1] - len(wrong) :] = wrong
+    finite = bool(torch.isfinite(decode(data, 300, bits, dtype)).all())
+    assert finite == (spoil is None or (spoil == 3e38 and bits >= 16))
+    assert reads_finite(data, 300, bits, dtype) == finite
+    assert reads_finite(data[:0], 300, bits, dtype)

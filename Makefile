@@ -5,7 +5,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: install demo test chaos lint format bench down secrets clean
+.PHONY: install demo test chaos lint format bench bench-pipeline down secrets clean
 
 install: $(READY)
 

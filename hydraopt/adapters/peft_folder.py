@@ -19,6 +19,7 @@ from hydraopt.adapters.module import AdapterModule, Source
 from hydraopt.adapters.tensor_file import TensorEntry, TensorFile
 from hydraopt.adapters.whole_tensors import MAGNITUDE, copied_module, is_saved, saved_modules
 from hydraopt.errors import AdapterFormatError, HydraoptError
+from hydraopt.finite import all_finite
 
 TENSOR_FILE = "adapter_model.safetensors"
 
@@ -158,20 +159,12 @@ class Adapter:
 
     def _finite(self, name: str) -> Tensor:
         tensor = self.file.read(name)
-        if tensor.dtype.is_floating_point and not _all_finite(tensor):
+        if tensor.dtype.is_floating_point and not all_finite(tensor):
             raise AdapterFormatError(
                 f"{self.file.path}: tensor {name!r} holds NaN or infinite values; the training went wrong, "
                 "so there is nothing to merge"
             )
         return tensor
-
-
-def _all_finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or infinite, without a mask the size of the tensor."""
-    if tensor.numel() == 0:
-        return True
-    low, high = torch.aminmax(tensor)  # NaN propagates
-    return bool(torch.isfinite(low) and torch.isfinite(high))
 
 
 def read_adapter(folder: str | Path) -> Adapter:

@@ -32,7 +32,7 @@ from hydraopt.bundle.manifest_file import read_manifest
 from hydraopt.bundle.stored_rows import Link, Reader, StoredRows
 from hydraopt.bundle.whole_folder import write_file
 from hydraopt.errors import BundleError
-from hydraopt.precision import all_finite
+from hydraopt.finite import all_finite
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -24,6 +24,7 @@ from hydraopt.bundle.lora_folder import (
 from hydraopt.bundle.profiles import Profile, fitting_rank
 from hydraopt.bundle.vera_folder import Shapes, vera_as_lora
 from hydraopt.errors import BundleError
+from hydraopt.finite import all_finite
 
 
 def server_folder(bundle: Bundle, task: str, profile: Profile) -> Folder:
@@ -149,7 +150,7 @@ def _own_ranks(pairs: dict[str, tuple[Tensor, Tensor]]) -> dict[str, object]:
 
 def _check_finite(task: str, tensors: dict[str, Tensor], profile: Profile) -> None:
     for name, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
+        if not all_finite(tensor):
             raise BundleError(
                 f"task {task!r}: {name} does not fit the range of {tensor.dtype}, in which the profile "
                 f"{profile.name!r} is written; use another profile"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hydraopt.errors import AdapterMismatchError, BudgetError
+from hydraopt.finite import all_finite
 
 
 class LowRank(NamedTuple):
@@ -58,7 +59,7 @@ def checked(updates: Sequence[LowRank], weights: Sequence[float]) -> list[LowRan
                 f"update {index} changes a weight of {update.shape}, but update 0 one of {updates[0].shape} "
                 "(d_out, d_in). Were both trained on the same base model?"
             )
-        if not all(bool(torch.isfinite(factor).all()) for factor in update):
+        if not all(all_finite(factor) for factor in update):
             raise AdapterMismatchError(f"update {index} holds NaN or infinite numbers")
     dtype = torch.float32
     for factor in (factor for update in updates for factor in update):

@@ -41,6 +41,7 @@ from hydraopt.errors import TaskFileError
 from hydraopt.evaluation.encoding import IGNORED, encoded_rows
 from hydraopt.evaluation.rows import Row, rows_digest
 from hydraopt.evaluation.task_file import TaskFile
+from hydraopt.finite import all_finite
 from hydraopt.training.checkpoints import MarkCheckpoints, last_whole_checkpoint, step_of, sync
 
 Progress = Callable[[int, int, str], None]
@@ -273,7 +274,7 @@ def _adapter_config(task: TaskFile, model: Any) -> dict[str, Any]:
 
 def _check_finite(task: TaskFile, tensors: dict[str, Tensor]) -> None:
     for name, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
+        if not all_finite(tensor):
             raise TaskFileError(
                 f"task {task.name!r}: the training diverged ({name} is not finite). Lower training.learning_rate, "
                 f"now {task.training.learning_rate}."

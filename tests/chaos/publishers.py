@@ -19,12 +19,9 @@ class Publishers:
     """Publishers of some bundles under the manager's name; the child's docstring tells what may be said to it."""
 
     def __init__(self, manager: Manager, store: RunningStore, home: Path, folders: Iterable[Path]) -> None:
-        environment = os.environ | {
+        environment = os.environ | store.variables(manager.store.bucket)
+        environment |= {
             "HYDRAOPT_HOME": str(home),
-            "HYDRAOPT_S3_ENDPOINT": store.address,
-            "HYDRAOPT_S3_BUCKET": manager.store.bucket,
-            "HYDRAOPT_S3_ACCESS_KEY": store.access_key,
-            "HYDRAOPT_S3_SECRET_KEY": store.secret_key,
             "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": "1",
         }

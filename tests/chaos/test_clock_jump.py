@@ -36,10 +36,7 @@ def commands(alone, running_store, clock, tmp_path):
         pytest.skip("a moved clock needs libfaketime: `apt-get install faketime`")
     made = Pipeline(
         tmp_path,
-        HYDRAOPT_S3_ENDPOINT=running_store.address,
-        HYDRAOPT_S3_BUCKET=alone.store.bucket,
-        HYDRAOPT_S3_ACCESS_KEY=running_store.access_key,
-        HYDRAOPT_S3_SECRET_KEY=running_store.secret_key,
+        **running_store.variables(alone.store.bucket),
         LD_PRELOAD=str(library),
         FAKETIME_TIMESTAMP_FILE=str(clock),
         FAKETIME_NO_CACHE="1",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 from invariants import check_store
@@ -114,10 +115,7 @@ def commands(alone, running_store, proxy, tmp_path):
     """A process for commands that reach the store through the proxy."""
     made = Pipeline(
         tmp_path,
-        HYDRAOPT_S3_ENDPOINT=proxy.address,
-        HYDRAOPT_S3_BUCKET=alone.store.bucket,
-        HYDRAOPT_S3_ACCESS_KEY=running_store.access_key,
-        HYDRAOPT_S3_SECRET_KEY=running_store.secret_key,
+        **replace(running_store, address=proxy.address).variables(alone.store.bucket),
         HYDRAOPT_SERVICE_TIMEOUT_S="6",
     )
     trust(made.home, alone.who, public_key_pem(alone.key))

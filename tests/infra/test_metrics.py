@@ -9,10 +9,10 @@ import pytest
 
 pytest.importorskip("prometheus_client")
 
+from managers import measured
 from prometheus_client.parser import text_string_to_metric_families
 
 from hydraopt.evaluation.gates import GateRules, judge
-from hydraopt.evaluation.result import Evaluation
 from infra import metrics
 from infra.metrics import note_behind, note_reconcile, write_candidate, write_merge
 
@@ -81,19 +81,6 @@ def test_a_bundle_that_is_gone_is_no_longer_told_of(tmp_path):
     assert {labels[1] for _, *rest in read(tmp_path) for labels in rest} == {"b"}
 
 
-def evaluation(task, value):
-    return Evaluation(
-        task=task,
-        metric="accuracy",
-        value=value,
-        low=value,
-        high=value,
-        samples=100,
-        metrics={"accuracy": value},
-        data_digest="ab" * 32,
-    )
-
-
 class Manifest:
     """As much of one as the metrics read."""
 
@@ -107,8 +94,8 @@ def test_every_verdict_and_drop_is_told(tmp_path):
         GateRules(),
         bundle_id="f" * 64,
         storage_ratio=0.2,
-        own={"a": evaluation("a", 0.8), "b": None},
-        merged={"a": evaluation("a", 0.6), "b": evaluation("b", 0.9)},
+        own={"a": measured("a", 0.8), "b": None},
+        merged={"a": measured("a", 0.6), "b": measured("b", 0.9)},
     )
     write_candidate(tmp_path, "demo", Manifest(), report)
     write_merge(tmp_path, "demo", 2.5)

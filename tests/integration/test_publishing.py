@@ -223,12 +223,9 @@ def test_log_entry_is_never_made_twice(manager):
 
 def start_publishing(manager, running_store, home, folders):
     """A process that uploads, approves and publishes all of ``folders``; it waits for a line before it starts."""
-    environment = os.environ | {
+    environment = os.environ | running_store.variables(manager.store.bucket)
+    environment |= {
         "HYDRAOPT_HOME": str(home),
-        "HYDRAOPT_S3_ENDPOINT": running_store.address,
-        "HYDRAOPT_S3_BUCKET": manager.store.bucket,
-        "HYDRAOPT_S3_ACCESS_KEY": running_store.access_key,
-        "HYDRAOPT_S3_SECRET_KEY": running_store.secret_key,
         "PYTHONPATH": str(CHILD.parents[2]),
         "OMP_NUM_THREADS": "1",
     }

@@ -33,6 +33,15 @@ class RunningStore:
     reader_access_key: str
     reader_secret_key: str
 
+    def variables(self, bucket: str) -> dict[str, str]:
+        """What a process needs in its environment to work in the store."""
+        return {
+            "HYDRAOPT_S3_ENDPOINT": self.address,
+            "HYDRAOPT_S3_BUCKET": bucket,
+            "HYDRAOPT_S3_ACCESS_KEY": self.access_key,
+            "HYDRAOPT_S3_SECRET_KEY": self.secret_key,
+        }
+
     def settings(self, home: Path, **changes: object) -> Settings:
         values: dict[str, object] = {
             "s3_endpoint": self.address,

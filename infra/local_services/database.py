@@ -17,6 +17,7 @@ from typing import NamedTuple
 import psutil
 
 from hydraopt.errors import ServiceError
+from infra.local_services import processes
 from infra.local_services.health import UnhealthyError
 
 _PLACES = ("/usr/lib/postgresql", "/usr/pgsql", "/opt/homebrew/opt", "/usr/local/opt")
@@ -143,11 +144,12 @@ def end_orphans(folder: Path) -> None:
     """
     data = folder / "data"
     left = [process for process in psutil.process_iter() if _works_in(process, data)]
-    _, left = psutil.wait_procs(left, timeout=_ORPHANS_NOTICE_S)
+    if processes.gone(left, _ORPHANS_NOTICE_S):
+        return
     for process in left:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
-    psutil.wait_procs(left, timeout=_ORPHANS_NOTICE_S)
+    processes.gone(left, _ORPHANS_NOTICE_S)
 
 
 def _works_in(process: psutil.Process, folder: Path) -> bool:

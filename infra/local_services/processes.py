@@ -113,22 +113,20 @@ def stop(
         with contextlib.suppress(psutil.Error):
             everyone |= {leader, *leader.children(recursive=True)}
     _signal([leader] if leader is not None else everyone, ask)
-    if _gone(everyone, grace_s):
+    if gone(everyone, grace_s):
         everyone = family(value)  # what it started while stopping
     else:
         everyone |= family(value)
     _signal(everyone, signal.SIGKILL)
-    return _gone(everyone, 5.0)
+    return gone(everyone, 5.0)
 
 
-def _signal(processes: Iterable[psutil.Process], which: signal.Signals) -> None:
-    for process in processes:
-        with contextlib.suppress(psutil.Error):
-            process.send_signal(which)
+def gone(processes: Iterable[psutil.Process], timeout_s: float) -> bool:
+    """Whether all of ``processes`` end within ``timeout_s`` seconds.
 
-
-def _gone(processes: Iterable[psutil.Process], timeout_s: float) -> bool:
-    """Whether all of ``processes`` end within ``timeout_s`` seconds."""
+    One that ended counts, whether or not its parent has asked for its status yet: where nobody adopts orphans, as in
+    many containers, nobody ever will.
+    """
     left = list(processes)
     end = time.monotonic() + timeout_s
     while True:
@@ -138,6 +136,12 @@ def _gone(processes: Iterable[psutil.Process], timeout_s: float) -> bool:
         if time.monotonic() > end:
             return False
         time.sleep(_POLL_S)
+
+
+def _signal(processes: Iterable[psutil.Process], which: signal.Signals) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            process.send_signal(which)
 
 
 def _lives(process: psutil.Process) -> bool:

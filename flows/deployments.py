@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from importlib import resources
+from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterName, FlowRunFilter
 from prefect.client.schemas.objects import ConcurrencyLimitConfig, StateType
@@ -16,6 +15,9 @@ from prefect.flows import load_flow_from_entrypoint
 from prefect.schedules import Cron, Interval, Schedule
 from prefect.states import Crashed
 from pydantic import BaseModel, ConfigDict, Field
+
+import infra
+from hydraopt.evaluation.yaml_file import read_yaml
 
 Pool = Literal["cpu", "gpu"]
 
@@ -73,7 +75,7 @@ class DeploymentEntry(BaseModel):
 
 def read_entries(pool: Pool | None = None) -> list[DeploymentEntry]:
     """The entries of the file; with ``pool`` only those it runs."""
-    content = yaml.safe_load(resources.files("infra").joinpath("prefect.yaml").read_text(encoding="utf-8"))
+    content = read_yaml(Path(infra.__file__).with_name("prefect.yaml"))
     entries = [DeploymentEntry.model_validate(entry) for entry in content["deployments"]]
     return [entry for entry in entries if pool is None or entry.work_pool.name == pool]
 

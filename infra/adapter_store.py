@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hydraopt.adapters.peft_folder import CONFIG_FILE, TENSOR_FILE, read_adapter
 from hydraopt.errors import HydraoptError, RecordError
+from hydraopt.json_text import parse_object
 from hydraopt.names import check_name, check_task_name, slug
 from infra.atomic_files import sync_folder
 from infra.blobs import BlobRef, Digest, measure
@@ -190,7 +190,9 @@ def read_evaluation_rows(store: ObjectStore, version: AdapterVersion) -> list[di
     """
     if version.evaluation_rows is None:
         return None
-    return [json.loads(line) for line in store.read_blob(version.evaluation_rows).splitlines()]
+    ref = version.evaluation_rows
+    lines = store.read_blob(ref).splitlines()
+    return [parse_object(line, f"a row of {ref.key}", RecordError) for line in lines]
 
 
 def note_training(store: ObjectStore, training_key: str, version: AdapterVersion) -> None:

@@ -23,7 +23,8 @@ from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple, Protocol
 
-from hydraopt.errors import ServiceError
+from hydraopt.errors import RecordError, ServiceError
+from hydraopt.json_text import parse_object
 from infra.adapter_registry import SERVING, AdapterRegistry
 from infra.change_events import set_changed
 from infra.mlflow_access import client, every, told_plainly
@@ -87,12 +88,12 @@ def check_signature(
 def read_change(body: bytes) -> Change | Refused | None:
     """What a signed delivery tells: a change of an adapter set, nothing of interest (None), or nonsense."""
     try:
-        content = json.loads(body)
+        content = parse_object(body, "a delivery", RecordError)
         entity, action, data = content["entity"], content["action"], content["data"]
         if entity != "model_version_alias" or data["alias"] != SERVING:
             return None
         return Change(str(data["name"]), str(action))
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (RecordError, KeyError, TypeError):
         return Refused(400, "the body is not what MLflow sends")
 
 

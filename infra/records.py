@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal, NamedTuple
 
 from hydraopt.errors import RecordError
+from hydraopt.json_text import parse_object
 from hydraopt.names import check_name
 from infra.object_store import ObjectStore
 
@@ -92,12 +93,7 @@ def read_json(store: ObjectStore, key: str) -> tuple[Record, str] | None:
     if stored is None:
         return None
     data, etag = stored
-    try:
-        content = json.loads(data)
-    except (ValueError, RecursionError):
-        content = None
-    if not isinstance(content, dict):
-        raise RecordError(f"{key} is damaged: it holds no JSON object")
+    content = parse_object(data, f"the record {key} is damaged", RecordError)
     return Record(content, hashlib.sha256(data).hexdigest()), etag
 
 

@@ -6,7 +6,6 @@ below the home folder (``services.json``: addresses; ``credentials.json``, mode 
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from pathlib import Path
@@ -17,7 +16,8 @@ from pydantic import AfterValidator, Field, SecretStr, ValidationError, field_va
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from hydraopt.errors import HydraoptError, ServiceError
+from hydraopt.errors import HydraoptError, RecordError, ServiceError
+from hydraopt.json_text import parse_object
 
 PREFIX = "HYDRAOPT_"
 DEFAULT_HOME = Path(".hydraopt")
@@ -296,16 +296,13 @@ def _read_private(path: Path) -> dict[str, Any]:
 def _read_object(path: Path) -> dict[str, Any]:
     """The JSON object in ``path``; empty if there is no such file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return parse_object(path.read_bytes(), "", RecordError)
     except FileNotFoundError:
         return {}
     except OSError as error:
         raise HydraoptError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError:
+    except RecordError:
         raise _damaged(path) from None
-    if not isinstance(content, dict):
-        raise _damaged(path)
-    return content
 
 
 def _damaged(path: Path) -> HydraoptError:

@@ -28,6 +28,7 @@ from cryptography.hazmat.primitives.serialization import (
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hydraopt.errors import RecordError
+from hydraopt.json_text import parse_object
 from infra.atomic_files import sync_folder
 
 PAYLOAD_TYPE = "application/vnd.hydraopt.record+json"
@@ -189,13 +190,7 @@ def _holds(key: Ed25519PublicKey, signature: bytes, signed: bytes) -> bool:
 
 
 def _payload(body: bytes) -> dict[str, Any]:
-    try:
-        payload = json.loads(body)
-    except (ValueError, RecursionError):
-        payload = None
-    if not isinstance(payload, dict):
-        raise RecordError("a signed record holds no JSON object")
-    return payload
+    return parse_object(body, "what a signed record holds", RecordError)
 
 
 def signed_bytes(payload_type: str, body: bytes) -> bytes:

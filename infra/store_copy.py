@@ -6,7 +6,6 @@ that a publisher killed at some moment could have left.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
@@ -14,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hydraopt.errors import HydraoptError, RecordError
+from hydraopt.json_text import parse_object
 from infra.atomic_files import write_atomically
 from infra.blobs import BlobRef, Digest, measure
 from infra.object_store import ObjectStore
@@ -136,13 +136,15 @@ def _restore_one(store: ObjectStore, key: str, path: Path) -> bool:
 def _checked(folder: Path, progress: Progress) -> dict[str, tuple[str, int]]:
     """The index, after every file was compared with it."""
     try:
-        index = Index.model_validate(json.loads((folder / INDEX).read_bytes()))
+        data = (folder / INDEX).read_bytes()
     except OSError as error:
         raise RecordError(
             f"{folder / INDEX} cannot be read ({error.strerror}): an export writes it last, finish that one first"
         ) from error
-    except (ValidationError, ValueError, RecursionError):
-        raise RecordError(f"{folder / INDEX} is damaged: export again") from None
+    try:
+        index = Index.model_validate(parse_object(data, str(folder / INDEX), RecordError))
+    except (RecordError, ValidationError) as error:
+        raise RecordError(f"{folder / INDEX} is damaged: export again") from error
     for done, (key, (sha256, size)) in enumerate(index.objects.items(), start=1):
         path = _path(folder, key)
         found = _BLOB.fullmatch(key)

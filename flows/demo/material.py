@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from hydraopt.evaluation.task_file import TaskFile
+from hydraopt.evaluation.yaml_file import read_yaml
 from hydraopt.training.finetune import finetune, training_key
 from infra.approvers import trust
 from infra.atomic_files import write_atomically
@@ -82,7 +83,7 @@ def task_to_update() -> Path:
 
 def updated_task_file(settings: Settings, task_file: Path) -> Path:
     """The same task trained a little longer: one more epoch."""
-    content = yaml.safe_load(task_file.read_text(encoding="utf-8"))
+    content = read_yaml(task_file)
     content["training"]["epochs"] += 1
     for split in ("train", "validation", "test"):
         if split in content["data"]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hydraopt.adapters.name_patterns import matches
 from hydraopt.errors import AdapterFormatError
+from hydraopt.json_text import parse_object
 
 CONFIG_FILE = "adapter_config.json"
 _MAX_CONFIG_BYTES = 10_000_000
@@ -34,12 +34,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise AdapterFormatError(f"{folder}: not a PEFT adapter folder: {CONFIG_FILE} is missing")
     if path.stat().st_size > _MAX_CONFIG_BYTES:
         raise AdapterFormatError(f"{path}: {path.stat().st_size} bytes is no adapter configuration")
-    try:
-        config = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as reason:
-        raise AdapterFormatError(f"{path}: not JSON ({reason})") from reason
-    if not isinstance(config, dict):
-        raise AdapterFormatError(f"{path}: expected a JSON object, found {type(config).__name__}")
+    config = parse_object(path.read_bytes(), str(path), AdapterFormatError)
     if not isinstance(config.get("base_model_name_or_path"), str) or not config["base_model_name_or_path"]:
         raise AdapterFormatError(
             f"{path}: base_model_name_or_path is {config.get('base_model_name_or_path')!r}; "

@@ -6,7 +6,6 @@ memory: a memory map would count every page ever touched as resident, and a merg
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hydraopt.errors import HydraoptError
+from hydraopt.json_text import parse_object
 
 MAX_HEADER_BYTES = 16_000_000
 """About 100 000 tensors. The format allows 100 MB, which would take two gigabytes of memory once parsed."""
@@ -105,19 +105,11 @@ def _read_header(path: Path, error: type[HydraoptError]) -> dict[str, TensorEntr
     try:
         with safe_open(path, framework="pt"):
             pass  # the library checks offsets, overlaps and shapes against the file's length
-        entries = json.loads(header, object_pairs_hook=_unique)
     except (SafetensorError, ValueError, RuntimeError, OSError) as reason:
         raise error(f"{path}: not a whole safetensors file ({reason}). {_SAVE_AGAIN}") from reason
+    entries = parse_object(header, f"{path}: its header", error)
     entries.pop("__metadata__", None)
     return {name: _entry(path, name, value, 8 + length, error) for name, value in sorted(entries.items())}
-
-
-def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """An object whose keys stand once: of two, readers would not agree which counts."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name stands twice in its header")
-    return found
 
 
 _SAVE_AGAIN = "Save it again with `save_pretrained(..., safe_serialization=True)`."

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from hydraopt.bundle.layout import FAMILIES, MANIFEST_FILE, SCHEMA, Manifest, ModuleEntry
 from hydraopt.errors import BundleError, HydraoptError
+from hydraopt.json_text import parse_object
 from hydraopt.names import check_task_name
 from hydraopt.precision import PRECISIONS
 
@@ -61,10 +61,9 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
 def _claimed_schema(data: bytes) -> int:
     """The schema a manifest says it has, though its fields do not fit this version's; ours if it says none."""
     try:
-        value = json.loads(data)
-    except (ValueError, RecursionError):
+        version = parse_object(data, "", BundleError).get("schema_version")
+    except BundleError:
         return SCHEMA
-    version = value.get("schema_version") if isinstance(value, dict) else None
     return version if isinstance(version, int) else SCHEMA
 
 

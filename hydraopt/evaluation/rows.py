@@ -18,6 +18,7 @@ import datasets
 
 from hydraopt.base_models import quiet
 from hydraopt.errors import TaskFileError
+from hydraopt.json_text import parse_object
 
 Row = dict[str, Any]
 Kind = Literal["classification", "generation"]
@@ -41,7 +42,8 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         with opener(path, "rt", encoding="utf-8") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    yield f"{path}, line {number}", _parse(path, number, line)
+                    where = f"{path}, line {number}"
+                    yield where, parse_object(line, where, TaskFileError)
     except UnicodeDecodeError as reason:
         raise TaskFileError(f"{path}: not UTF-8 text ({reason.reason} at byte {reason.start})") from reason
     except (OSError, EOFError, zlib.error) as reason:
@@ -122,31 +124,9 @@ def rows_to_bytes(rows: Iterable[Row]) -> bytes:
     return "".join(f"{line}\n" for line in lines).encode()
 
 
-def rows_from_bytes(data: bytes) -> list[Row]:
-    """The inverse of :func:`rows_to_bytes`.
-
-    Raises:
-        TaskFileError: If the bytes are not JSON lines.
-    """
-    try:
-        return [json.loads(line) for line in data.decode().split("\n") if line]
-    except ValueError as reason:
-        raise TaskFileError(f"stored rows are not JSON lines ({reason})") from reason
-
-
 def rows_digest(rows: Iterable[Row]) -> str:
     """SHA-256 (hex) of :func:`rows_to_bytes`."""
     return hashlib.sha256(rows_to_bytes(rows)).hexdigest()
-
-
-def _parse(path: Path, number: int, line: str) -> Mapping[str, Any]:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as reason:
-        raise TaskFileError(f"{path}, line {number}: not JSON ({reason})") from reason
-    if not isinstance(value, dict):
-        raise TaskFileError(f"{path}, line {number}: expected a JSON object, found {type(value).__name__}")
-    return value
 
 
 def _text(where: str, raw: Mapping[str, Any], field: str) -> str:
@@ -167,10 +147,6 @@ def _checked(where: str, field: str, value: object) -> str:
         raise TaskFileError(
             f"{where}: {field!r} has {len(value):,} characters; at most {MAX_CHARACTERS:,} are allowed"
         )
-    try:
-        value.encode()
-    except UnicodeEncodeError as reason:
-        raise TaskFileError(f"{where}: {field!r} is no valid text: {reason.reason}") from reason
     return value
 
 

@@ -10,12 +10,14 @@ from pydantic import ValidationError
 
 from hydraopt.errors import TaskFileError
 
-_MAX_FILE_BYTES = 1_000_000
+_MAX_FILE_BYTES = 250_000  # thousands of labels; PyYAML reads some 100 kB a second
 _MAX_VALUES = 100_000  # with every alias written out
+_LONGEST_NUMBER = 100  # characters; in base 60, as in 1:30:00, a long one takes seconds to compute
+_NUMBERS = frozenset({"tag:yaml.org,2002:int", "tag:yaml.org,2002:float"})
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys without a word; we refuse them."""
+class _StrictLoader(yaml.SafeLoader):
+    """PyYAML takes the last of two equal keys without a word, and anything for a number or a text; we do not."""
 
     def get_single_node(self) -> yaml.Node | None:
         node = super().get_single_node()
@@ -25,9 +27,27 @@ class _UniqueKeyLoader(yaml.SafeLoader):
             )
         return node
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        if node.tag in _NUMBERS and len(str(node.value)) > _LONGEST_NUMBER:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"a number has more than {_LONGEST_NUMBER} characters", node.start_mark
+            )
+        try:
+            return super().construct_object(node, deep)
+        except (ArithmeticError, AttributeError, LookupError, TypeError) as reason:
+            # How PyYAML fails on `!!int ""`, `!!bool maybe`, `!!set [1]` or 1:1:...:1.5.
+            raise yaml.constructor.ConstructorError(
+                None, None, f"this is no {node.tag.rpartition(':')[2]}", node.start_mark
+            ) from reason
+
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        value = super().construct_scalar(node)
+        str(value).encode()  # half a character, as "\ud800" writes one, is no text
+        return value
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
-        for key_node, _ in node.value:
+        for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             key = key_node.value
             if isinstance(key, str) and key in seen:
                 raise yaml.constructor.ConstructorError(
@@ -60,9 +80,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MAX_FILE_BYTES:
             raise TaskFileError(f"{path}: {path.stat().st_size:,} bytes is too large for a file of settings")
-        value = yaml.load(path.read_bytes(), Loader=_UniqueKeyLoader)  # noqa: S506 - a SafeLoader
+        data = path.read_bytes()
     except OSError as reason:
         raise TaskFileError(f"{path}: cannot be read ({reason.strerror})") from reason
+    try:
+        value = yaml.load(data, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
     except (yaml.YAMLError, ValueError, RecursionError) as reason:
         raise TaskFileError(f"{path}: not YAML: {' '.join(str(reason).split())}") from reason
     if not isinstance(value, dict):

@@ -11,6 +11,9 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from hydraopt.errors import TaskFileError
+from hydraopt.json_text import parse_object
+
 _MARKER = "whole.json"
 
 
@@ -47,9 +50,9 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
 
 def _is_whole(checkpoint: Path) -> bool:
     try:
-        digests = json.loads((checkpoint / _MARKER).read_bytes())
+        digests = parse_object((checkpoint / _MARKER).read_bytes(), _MARKER, TaskFileError)
         return all(_sha256(checkpoint / name) == digest for name, digest in digests.items())
-    except (OSError, ValueError, AttributeError):
+    except (OSError, TaskFileError):
         return False
 
 

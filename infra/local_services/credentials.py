@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from hydraopt.errors import HydraoptError
+from hydraopt.json_text import parse_object
 from infra.atomic_files import write_atomically
 from infra.secret_values import fresh_production_secrets, fresh_store_secrets
 from infra.settings import CREDENTIALS_FILE, read_credentials
@@ -25,5 +27,4 @@ def ensure_credentials(home: Path, *, production: bool = False) -> dict[str, str
         fresh = fresh_production_secrets() if production else fresh_store_secrets()
         write_atomically(path, json.dumps(fresh, indent=2).encode(), mode=0o600)
     read_credentials(path)  # refuses a damaged or readable file
-    content: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
-    return content
+    return parse_object(path.read_bytes(), str(path), HydraoptError)

@@ -16,6 +16,9 @@ import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
+from hydraopt.errors import ServiceError
+from hydraopt.json_text import parse_json
+
 _TIMEOUT_S = 3.0
 _SILENCE_S = 90.0
 """An executor asks Prefect for work every few seconds; longer silence means that it hangs."""
@@ -158,9 +161,9 @@ def _status(error: UnhealthyError) -> int:
 
 def _json(url: str, body: Any = None, login: str | None = None) -> Any:
     try:
-        return json.loads(_request(url, body, login))
-    except ValueError:
-        raise UnhealthyError(f"{url} does not answer with JSON") from None
+        return parse_json(_request(url, body, login), url, ServiceError)
+    except ServiceError as error:
+        raise UnhealthyError(str(error)) from None
 
 
 def _request(url: str, body: Any = None, login: str | None = None) -> bytes:

@@ -16,6 +16,7 @@ from cyclonedx.output.json import JsonV1Dot6
 
 from hydraopt.bundle.layout import Manifest
 from hydraopt.errors import RecordError
+from hydraopt.json_text import parse_object
 from infra.adapter_store import AdapterVersion
 from infra.supply_chain import code_version
 
@@ -78,8 +79,8 @@ def check_bill(bill: bytes, name: str, bundle_id: str, manifest: Manifest) -> No
     Raises:
         RecordError: If it is damaged, or names other files, adapters or another base model.
     """
+    content = parse_object(bill, f"the bill of materials of bundle {bundle_id} is damaged", RecordError)
     try:
-        content = json.loads(bill)
         about = content["metadata"]["component"]
         found = {
             "format": (content["bomFormat"], content["specVersion"]),
@@ -88,7 +89,7 @@ def check_bill(bill: bytes, name: str, bundle_id: str, manifest: Manifest) -> No
             "adapters": {one["name"]: one["version"] for one in _of(content, "adapter:")},
             "base model": [(one["name"], one.get("version")) for one in _of(content, "base-model")],
         }
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+    except (KeyError, TypeError, IndexError, AttributeError):
         raise RecordError(f"the bill of materials of bundle {bundle_id} is damaged") from None
     expected = {
         "format": ("CycloneDX", "1.6"),
@@ -144,7 +145,7 @@ def _files(manifest: Manifest) -> list[Component]:
 
 def _with_model_card(text: str, manifest: Manifest) -> bytes:
     """Add what the library has no field for yet: the model card with the measured errors."""
-    content = json.loads(text)
+    content = parse_object(text, "the bill of materials", RecordError)
     metrics = {"relative_error": manifest.relative_error, "storage_ratio": manifest.storage_ratio}
     metrics |= {
         f"relative_error/{task}": entry.relative_error for task, entry in sorted(manifest.tasks.items())

@@ -5,7 +5,6 @@ https://github.com/in-toto/attestation/blob/main/spec/v1/statement.md, https://s
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from hydraopt.bundle.layout import MANIFEST_FILE, Manifest
 from hydraopt.errors import RecordError
+from hydraopt.json_text import parse_object
 from infra.adapter_store import AdapterVersion
 from infra.approvers import Trusted
 from infra.records import canonical
@@ -93,10 +93,7 @@ def open_provenance(
     Raises:
         RecordError: If it is damaged, about something else, or not signed by one of the services.
     """
-    try:
-        content = json.loads(envelope)
-    except (ValueError, RecursionError):
-        raise RecordError(f"the provenance of bundle {bundle_id} is damaged: it is no JSON") from None
+    content = parse_object(envelope, f"the provenance of bundle {bundle_id} is damaged", RecordError)
     try:
         statement, _ = open_signed(content, services or None, PAYLOAD_TYPE)
     except RecordError as error:

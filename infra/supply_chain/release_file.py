@@ -6,7 +6,6 @@ The file of ``bundle/`` is ``bundle.release.json``; inside the folder it would b
 from __future__ import annotations
 
 import hashlib
-import json
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
@@ -15,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hydraopt.bundle.layout import Manifest
 from hydraopt.errors import RecordError
+from hydraopt.json_text import parse_object
 from infra.approvers import Approvers
 from infra.blobs import BlobRef, Digest
 from infra.object_store import ObjectStore
@@ -58,11 +58,13 @@ class ReleaseFile(BaseModel):
         try:
             if path.stat().st_size > _LARGEST:
                 raise RecordError(f"{path} is too large to be what vouches for a bundle")
-            return cls.model_validate(json.loads(path.read_bytes()))
+            data = path.read_bytes()
         except OSError as error:
             raise RecordError(f"{path} cannot be read: {error.strerror}") from error
-        except (ValidationError, ValueError, RecursionError):
-            raise RecordError(f"{path} is damaged: pull the bundle again") from None
+        try:
+            return cls.model_validate(parse_object(data, str(path), RecordError))
+        except (RecordError, ValidationError) as error:
+            raise RecordError(f"{path} is damaged: pull the bundle again") from error
 
     def verify(self, manifest: Manifest, approvers: Approvers) -> SignOff:
         """Check the documents against the bundle and the signatures over them; needs no server.

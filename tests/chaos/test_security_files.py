@@ -170,6 +170,24 @@ def test_deep_json_is_no_configuration_and_no_manifest(tmp_path, text):
     check(lambda: hydraopt.verify(tmp_path), BundleError, "manifest.json")
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (b'{"r": 4, "r": 8}', "stands twice"),
+        (b'{"r": "\\ud800"}', "surrogates not allowed"),
+        (b'{"r": "\xed\xa0\x80"}', "invalid continuation byte"),
+        (b'{"r": ' + b"[" * 101 + b"]" * 101 + b"}", "more than 100 levels deep"),
+        (b'{"r": ' + b"9" * 5000 + b"}", "4300 digits"),
+        (b"[]", "expected a JSON object, found list"),
+    ],
+    ids=["twice", "half a character", "half in bytes", "deep", "long number", "list"],
+)
+def test_json_that_readers_would_not_agree_on_is_refused(tmp_path, text, words):
+    folder = write_adapter(tmp_path / "adapter", 1)
+    (folder / "adapter_config.json").write_bytes(text)
+    check(lambda: hydraopt.read_adapter(folder), AdapterFormatError, words)
+
+
 def test_a_manifest_of_a_hundred_megabytes_is_not_parsed(tmp_path):
     (tmp_path / "manifest.json").write_bytes(b'{"modules":[' + b"[]," * 30_000_000 + b"1]}")
     check(lambda: hydraopt.verify(tmp_path), BundleError, "is no manifest")
@@ -189,8 +207,34 @@ LAUGHS = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
         ("name: &a [*a]\n", "aliases"),
         ("name: " + "[" * 20_000 + "]" * 20_000, "recursion"),
         ("name: !!python/object/apply:os.system ['true']", "not YAML"),
+        ("name: 1" + ":1" * 100_000, "a number has more than 100 characters"),
+        ("name: 1" + ":1" * 400 + ".5", "a number has more than 100 characters"),
+        ("name: 0x" + "f" * 200_000, "a number has more than 100 characters"),
+        ("max_length: 1:1:1:1:1:1:1:1:1:1:1:1:1:1", "max_length"),
+        ("a" * 300_000, "300,000 bytes is too large"),
+        ("name: !!int ''", "this is no int"),
+        ("name: !!bool maybe", "this is no bool"),
+        ("name: !!timestamp now", "this is no timestamp"),
+        ("name: !!set [1]", "expected a mapping"),
+        ('name: "\\ud800"', "surrogates not allowed"),
     ],
-    ids=["laughs", "laughs in a list", "in itself", "deep", "code"],
+    ids=[
+        "laughs",
+        "laughs in a list",
+        "in itself",
+        "deep",
+        "code",
+        "base 60",
+        "with a point",
+        "base 16",
+        "short base 60",
+        "large",
+        "no int",
+        "no bool",
+        "no time",
+        "no set",
+        "half a character",
+    ],
 )
 def test_yaml_that_unfolds_or_runs_is_refused(tmp_path, text, words):
     path = tmp_path / "task.yaml"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from hydraopt.bundle.layout import (
     Manifest,
     ModuleEntry,
     TaskEntry,
+    canonical_json,
     head_blocks,
     shared_blocks,
 )
@@ -94,26 +96,41 @@ class Assembly:
 
     def least_container_bytes(self) -> int:
         """The bundle's bytes if it keeps no factor at all."""
-        empty = [
-            self._entry(
-                name,
-                "separate",
-                (),
-                [() if name in one.modules else None for one in self.adapters.values()],
-                (),
+        return self._frame_bytes + sum(
+            self._entry_bytes(
+                self._entry(
+                    name, "separate", (), [() if present else None for present in self._has[name]], ()
+                )
             )
             for name in self.modules
-        ]
-        return self._container_bytes(empty)
+        )
 
-    def container_bytes(self, choices: Sequence[Choice]) -> int:
-        """The bundle's bytes without its factors; its digests and errors are not known yet but as long as any."""
-        return self._container_bytes(self.entries(choices))
+    def container_bytes(self) -> Callable[[Sequence[Choice]], int]:
+        """A function that gives the bundle's bytes without its factors.
 
-    def _container_bytes(self, entries: Sequence[ModuleEntry]) -> int:
-        file, tasks = _UNKNOWN_FILE, self.unknown_task_entries()
-        manifest = self._manifest(entries, file, tasks, _LONGEST_ERROR)
-        return len(manifest.canonical()) + container_bytes(self.extras)
+        Digests and errors are not known yet, but as long as any. The function remembers what it last saw of every
+        module, as solutions of one budget differ in few of them.
+        """
+        known: dict[str, tuple[Choice, int]] = {}
+
+        def measured(choices: Sequence[Choice]) -> int:
+            for name, choice in zip(self.modules, choices, strict=True):
+                if name not in known or known[name][0] is not choice:
+                    known[name] = choice, self._entry_bytes(self._chosen(name, choice))
+            return self._frame_bytes + sum(length for _, length in known.values())
+
+        return measured
+
+    @cached_property
+    def _frame_bytes(self) -> int:
+        """Bytes of everything that no choice changes: headers, extras, and the manifest without its modules."""
+        manifest = self._manifest((), _UNKNOWN_FILE, self.unknown_task_entries(), _LONGEST_ERROR)
+        commas = max(len(self.modules) - 1, 0)
+        return len(manifest.canonical()) + commas + container_bytes(self.extras)
+
+    @staticmethod
+    def _entry_bytes(entry: ModuleEntry) -> int:
+        return len(canonical_json(entry.model_dump(mode="json", exclude_defaults=True)))
 
     def unknown_task_entries(self) -> dict[str, TaskEntry]:
         """Entries as long as any: of files that do not exist yet."""
@@ -122,25 +139,25 @@ class Assembly:
 
     def entries(self, choices: Sequence[Choice]) -> list[ModuleEntry]:
         """The manifest's entry of every module."""
-        precisions = len(self.recipe.precisions)
-        entries = []
-        for name, choice in zip(self.modules, choices, strict=True):
-            option = choice.option
-            has = [name in adapter.modules for adapter in self.adapters.values()]
-            groups: tuple[int, ...] = ()
-            if option.groups is not None:
-                members = iter(option.groups)
-                groups = tuple(next(members) if present else -1 for present in has)
-            rows = iter(range(sum(has)))
-            counts = []
-            for present in has:
-                row = next(rows) if present else None
-                if row is not None and option.groups is not None:
-                    row = option.groups[row] if option.groups[row] >= 0 else None
-                counts.append(None if row is None else choice.counts(choice.levels.heads[row], precisions))
-            shared = tuple(choice.counts(levels, precisions) for levels in choice.levels.shared)
-            entries.append(self._entry(name, option.family, shared, counts, groups))
-        return entries
+        return [self._chosen(name, choice) for name, choice in zip(self.modules, choices, strict=True)]
+
+    def _chosen(self, name: str, choice: Choice) -> ModuleEntry:
+        option, has = choice.option, self._has[name]
+        shared, heads = choice.counts(len(self.recipe.precisions))
+        groups: tuple[int, ...] = ()
+        if option.groups is None:
+            rows = iter(heads)
+            counts = [next(rows) if present else None for present in has]
+        else:
+            members = iter(option.groups)
+            groups = tuple(next(members) if present else -1 for present in has)
+            counts = [heads[group] if group >= 0 else None for group in groups]
+        return self._entry(name, option.family, shared, counts, groups)
+
+    @cached_property
+    def _has(self) -> dict[str, list[bool]]:
+        """Which of the adapters update each module."""
+        return {name: [name in one.modules for one in self.adapters.values()] for name in self.modules}
 
     def _entry(
         self,

@@ -8,8 +8,9 @@ Solutions that are feasible by construction (``fixed`` below) are compared at th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -20,7 +21,6 @@ _GRID = 80
 _CHEAPEST, _DEAREST = 1e-7, 1e5  # in units of all error over all bytes
 _NARROW = 17  # prices per narrowing
 _PRECISE = 1 + 1e-6
-_NARROWINGS = 12
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,8 @@ class ModuleCurves:
         nothing = np.zeros((len(options), 0))
         return cls(tuple(options), nothing, nothing, np.zeros((len(options), 1)))
 
-    def only(self, families: Container[str]) -> ModuleCurves:
-        """The options of some families."""
-        kept = [i for i, option in enumerate(self.options) if option.family in families]
+    def at(self, kept: Sequence[int]) -> ModuleCurves:
+        """Some of the options."""
         options = tuple(self.options[i] for i in kept)
         return ModuleCurves(options, self.errors[kept], self.bytes[kept], self.doubts[kept])
 
@@ -82,15 +81,75 @@ def price_grid(error: float, size: float) -> Floats:
     return np.geomspace(_CHEAPEST * unit, _DEAREST * unit, _GRID)
 
 
-def totals(modules: Sequence[ModuleCurves], prices: Floats) -> tuple[Floats, Floats]:
-    """Error and bytes of all modules together at each price, every one at its best."""
-    columns = np.arange(len(prices))
-    errors, sizes = np.zeros(len(prices)), np.zeros(len(prices))
-    for module in modules:
-        best = module.best(prices)
-        errors += module.errors[best, columns]
-        sizes += module.bytes[best, columns]
-    return errors, sizes
+class PricedModules:
+    """The curves of all modules on one grid of prices, and what they come to together.
+
+    Args:
+        modules: Per module its options.
+        prices: The grid they were traced on, ascending; empty for solutions that do not go by price.
+    """
+
+    def __init__(self, modules: Sequence[ModuleCurves], prices: Floats) -> None:
+        self.modules = tuple(modules)
+        self.prices = prices
+        self._parts: dict[frozenset[str], PricedModules] = {}
+
+    def only(self, families: Iterable[str]) -> PricedModules:
+        """The options of some families; found once, for all the budgets that are asked for."""
+        wanted = frozenset(families)
+        if wanted not in self._parts:
+            self._parts[wanted] = PricedModules(
+                [
+                    module.at([i for i, option in enumerate(module.options) if option.family in wanted])
+                    for module in self.modules
+                ],
+                self.prices,
+            )
+        return self._parts[wanted]
+
+    @cached_property
+    def best(self) -> list[Ints]:
+        """Per module the index of its best option at each price."""
+        return [module.best(self.prices) for module in self.modules]
+
+    @cached_property
+    def totals(self) -> tuple[Floats, Floats]:
+        """Error and bytes of all modules together at each price, every one at its best."""
+        columns = np.arange(len(self.prices))
+        errors, sizes = np.zeros(len(self.prices)), np.zeros(len(self.prices))
+        for module, best in zip(self.modules, self.best, strict=True):
+            errors += module.errors[best, columns]
+            sizes += module.bytes[best, columns]
+        return errors, sizes
+
+
+class _Settled:
+    """Options that no narrower price changes any more, added up: parts of the same rates cost as one."""
+
+    def __init__(self) -> None:
+        self._parts: list[Part] = []
+        self._error = 0.0
+
+    def add(self, options: Sequence[Option]) -> None:
+        """Count some more in."""
+        alike: dict[tuple[bytes, bytes, bool], list[Part]] = {}
+        for option in options:
+            self._error += option.base_error
+            for part in option.parts:
+                key = part.rates.bytes.tobytes(), part.rates.noise.tobytes(), part.may_leave_out
+                alike.setdefault(key, []).append(part)
+        for parts in alike.values():
+            energies = np.concatenate([part.energies.reshape(-1) for part in parts])
+            self._parts.append(replace(parts[0], energies=energies))
+
+    def cost(self, prices: Floats) -> tuple[Floats, Floats]:
+        """Error and bytes at each price."""
+        errors, sizes = np.full(len(prices), self._error), np.zeros(len(prices))
+        for part in self._parts:
+            error, size = part.cost(prices)
+            errors += error
+            sizes += size
+        return errors, sizes
 
 
 def total_bytes(choices: Iterable[Choice]) -> int:
@@ -103,35 +162,36 @@ def total_error(choices: Iterable[Choice]) -> float:
     return sum(choice.error for choice in choices)
 
 
-def within_budget(
-    modules: Sequence[ModuleCurves], prices: Floats, size: int, fixed: Iterable[list[Choice]] = ()
-) -> list[Choice]:
+def within_budget(modules: PricedModules, size: int, simple: PricedModules | None = None) -> list[Choice]:
     """The choice of least error that stores at most ``size`` bytes of factors.
 
     Args:
         modules: Per module its options.
-        prices: The grid they were traced on.
         size: The budget.
-        fixed: Other solutions to compare with; those over the budget are left out.
+        simple: The same modules with no option that shares; its own solution is compared with.
 
     Raises:
         BudgetError: If the budget is negative.
     """
     if size < 0:
         raise BudgetError(f"a budget of {size} bytes cannot be met")
-    over, under = _bracket(modules, prices, lambda _, total: total > size)
+    over, under = _bracket(modules, lambda _, total: total > size)
     candidates = [fill(_swap(under, over, size), size)]
-    candidates += [fill(choices, size) for choices in fixed if total_bytes(choices) <= size]
+    if simple is not None:
+        # Where nothing is shared on either side of the price, the simple solution is the same one.
+        shares = any(choice.option.shared for choice in (*over, *under))
+        own = within_budget(simple, size) if shares else candidates[0]
+        candidates.append(fill(own, size))
     return min(candidates, key=lambda choices: (total_error(choices), total_bytes(choices)))
 
 
-def within_error(modules: Sequence[ModuleCurves], prices: Floats, error: float) -> list[Choice]:
+def within_error(modules: PricedModules, error: float) -> list[Choice]:
     """The choice of fewest bytes whose weighted squared error is at most ``error``.
 
     Raises:
         BudgetError: If no choice reaches it.
     """
-    close, _ = _bracket(modules, prices, lambda total, _: total <= error)
+    close, _ = _bracket(modules, lambda total, _: total <= error)
     if total_error(close) > error:
         raise BudgetError(
             f"the least weighted squared error is {total_error(close):.3g}, but {error:.3g} was asked for"
@@ -140,26 +200,40 @@ def within_error(modules: Sequence[ModuleCurves], prices: Floats, error: float) 
 
 
 def _bracket(
-    modules: Sequence[ModuleCurves], prices: Floats, is_low: Callable[[float, float], bool]
+    modules: PricedModules, is_low: Callable[[float, float], bool]
 ) -> tuple[list[Choice], list[Choice]]:
     """The solutions on both sides of the price at which ``is_low(error, bytes)`` turns false.
 
     They are at the lower and the higher price; both are the same where it never turns.
     """
-    for _ in range(_NARROWINGS):
-        picks = [(module, module.best(prices)) for module in modules]
-        errors, sizes = totals(modules, prices)
-        low = [is_low(float(error), float(size)) for error, size in zip(errors, sizes, strict=True)]
+    settled = _Settled()
+    ends: dict[int, tuple[Option, Option]] = {}  # of every module the best options at both prices
+    places, now = list(range(len(modules.modules))), modules  # modules whose option is not settled
+    fixed = np.zeros(len(now.prices)), np.zeros(len(now.prices))
+    while True:
+        (errors, sizes), prices = now.totals, now.prices
+        low = [is_low(float(e), float(s)) for e, s in zip(errors + fixed[0], sizes + fixed[1], strict=True)]
         first = low.index(False) if False in low else len(low) - 1
         before = max(first - 1, 0)
-        ends = [[module.options[best[i]] for module, best in picks] for i in (before, first)]
+        both = [(int(best[before]), int(best[first])) for best in now.best]
+        for place, module, (i, j) in zip(places, now.modules, both, strict=True):
+            ends[place] = module.options[i], module.options[j]
         if before == first or prices[first] / prices[before] < _PRECISE:
             break
         narrowed = np.geomspace(prices[before], prices[first], _NARROW)
-        modules = [_narrow(module, best, before, first, narrowed) for module, best in picks]
-        prices = narrowed
-    lower = [option.choice(float(prices[before])) for option in ends[0]]
-    higher = [option.choice(float(prices[first])) for option in ends[1]]
+        settled.add([module.options[i] for module, (i, j) in zip(now.modules, both, strict=True) if i == j])
+        places = [place for place, (i, j) in zip(places, both, strict=True) if i != j]
+        now = PricedModules(
+            [
+                _narrow(module, sorted(pair), narrowed)
+                for module, pair in zip(now.modules, both, strict=True)
+                if pair[0] != pair[1]
+            ],
+            narrowed,
+        )
+        fixed = settled.cost(narrowed)
+    lower = [ends[m][0].choice(float(prices[before])) for m in range(len(ends))]
+    higher = [ends[m][1].choice(float(prices[first])) for m in range(len(ends))]
     if first == len(prices) - 1 and low[first]:
         higher = lower
     if first == 0 and not low[0]:
@@ -167,9 +241,8 @@ def _bracket(
     return lower, higher
 
 
-def _narrow(module: ModuleCurves, best: Ints, before: int, first: int, prices: Floats) -> ModuleCurves:
-    """The options that are best at either end, on a finer grid between."""
-    kept = sorted({int(best[before]), int(best[first])})
+def _narrow(module: ModuleCurves, kept: Sequence[int], prices: Floats) -> ModuleCurves:
+    """Some of the options, on a finer grid."""
     options = tuple(module.options[i] for i in kept)
     costs = [option.cost(prices) for option in options]
     errors, sizes = np.stack([error for error, _ in costs]), np.stack([size for _, size in costs])
@@ -197,32 +270,43 @@ def fill(choices: list[Choice], size: int) -> list[Choice]:
     """Spend what is left of the budget on the vectors that gain most per byte from the next finer precision."""
     left = size - total_bytes(choices)
     levels = [[*choice.levels.shared, choice.levels.heads] for choice in choices]
-    offers = []
-    for m, choice in enumerate(choices):
-        for p, (part, now) in enumerate(zip(choice.option.parts, levels[m], strict=True)):
-            offers.append(_offers(part, now, m, p))
+    offers = [
+        _offers(part, now, m, p)
+        for m, choice in enumerate(choices)
+        for p, (part, now) in enumerate(zip(choice.option.parts, levels[m], strict=True))
+        if part.least_step <= left
+    ]
     if not offers:
         return choices
     ratio, extra, where = (np.concatenate(column) for column in zip(*offers, strict=True))
-    order = np.argsort(-ratio, kind="stable")
-    order = order[(ratio[order] > 0) & (extra[order] <= left)]
-    fresh: dict[tuple[int, int], Ints] = {}
-    for i in order.tolist():
-        if extra[i] > left:
+    able = np.flatnonzero((ratio > 0) & (extra <= left))
+    able = able[np.argsort(-ratio[able], kind="stable")]
+    filled = list(choices)
+    for m in _take(levels, extra[able], where[able], left):
+        *shared, heads = levels[m]
+        filled[m] = replace(choices[m], levels=Levels(tuple(shared), heads))
+    return filled
+
+
+def _take(levels: list[list[Ints]], extra: Floats, where: Ints, left: int) -> set[int]:
+    """Take one offer after the other as long as it fits: replaces levels in the list; returns the modules' places."""
+    least = extra.min(initial=np.inf)
+    fresh: set[tuple[int, int]] = set()
+    for i, more in enumerate(extra.tolist()):
+        if left < least:
+            break
+        if more > left:
             continue
         m, p, row, column, level = where[i].tolist()
-        now = fresh.setdefault((m, p), levels[m][p].copy())
-        flat = now.reshape(-1, now.shape[-1])
+        if (m, p) not in fresh:
+            fresh.add((m, p))
+            levels[m][p] = levels[m][p].copy()
+        flat = levels[m][p].reshape(-1, levels[m][p].shape[-1])
         if column and _is_finer(level, int(flat[row, column - 1])):
             continue  # directions stay in the order of their precision
         flat[row, column] = level
-        left -= int(extra[i])
-    for (m, p), now in fresh.items():
-        levels[m][p] = now
-    return [
-        replace(choice, levels=Levels(tuple(one[:-1]), one[-1]))
-        for choice, one in zip(choices, levels, strict=True)
-    ]
+        left -= int(more)
+    return {m for m, _ in fresh}
 
 
 def _is_finer(level: int, other: int) -> bool:

@@ -27,6 +27,7 @@ from hydraopt.errors import BudgetError
 from hydraopt.merging.assembly import Assembly
 from hydraopt.merging.budget import (
     ModuleCurves,
+    PricedModules,
     every_direction,
     fill,
     price_grid,
@@ -171,9 +172,9 @@ class KeepingRun:
             return every_direction(options, [self._full_ranks(name) for name in self.modules])
         total = sum(recipe.weights.get(task, 1.0) for task, weight in self._weights.items() if weight > 0)
         prices = price_grid(total, self.assembly.reference_bytes)
-        curves = [ModuleCurves.of([option], prices) for option in options]
+        curves = PricedModules([ModuleCurves.of([option], prices) for option in options], prices)
         if recipe.max_error is None:
-            return self._fit_container(curves, prices)
+            return self._fit_container(curves)
         least = every_direction(options, [self._full_ranks(name) for name in self.modules])
         bound = recipe.max_error**2 * total
         if total_error(least) > bound:
@@ -182,7 +183,7 @@ class KeepingRun:
                 f"max_error={recipe.max_error}: on the shared part that is kept, the changed tasks reach no less than "
                 f"{reached:.4f}; merge afresh, without keep_shared"
             )
-        return within_error(curves, prices, bound)
+        return within_error(curves, bound)
 
     def _full_ranks(self, name: str) -> list[int]:
         module = self._traced[name]
@@ -191,10 +192,10 @@ class KeepingRun:
         ranks = [self.changed[task].modules[name].rank for task in module.tasks]
         return [int(min(rank, most, module.energies.shape[1])) for rank in ranks]
 
-    def _fit_container(self, curves: Sequence[ModuleCurves], prices: Floats) -> list[Choice]:
+    def _fit_container(self, curves: PricedModules) -> list[Choice]:
         """The solution within the bytes the budget leaves to the changed tasks."""
         left = self._bytes_left()
-        nothing = [curve.options[0] for curve in curves]
+        nothing = [module.options[0] for module in curves.modules]
         size = left - self._container_bytes(
             every_direction(nothing, [[0] * len(o.heads.energies) for o in nothing])
         )
@@ -205,7 +206,7 @@ class KeepingRun:
                 "give a larger budget or merge afresh, without keep_shared"
             )
         while True:
-            choices = within_budget(curves, prices, size)
+            choices = within_budget(curves, size)
             over = total_bytes(choices) + self._container_bytes(choices) - left
             if over <= 0:
                 break

@@ -153,6 +153,12 @@ class Part:
         return self.rates.hull(may_leave_out=self.may_leave_out)
 
     @cached_property
+    def least_step(self) -> float:
+        """The fewest bytes that make any vector finer."""
+        _, sizes, _, _ = self.hull
+        return float(np.diff(sizes).min(initial=np.inf))
+
+    @cached_property
     def _sorted(self) -> tuple[Floats, Floats]:
         ascending = np.sort(self.energies, axis=None)
         return ascending, np.concatenate([[0.0], np.cumsum(ascending)])
@@ -262,9 +268,15 @@ class Choice:
         """Bytes of the factors."""
         return round(self._totals[1])
 
-    def counts(self, levels: Ints, precisions: int) -> tuple[int, ...]:
-        """How many vectors at each precision, zeros at the end left out."""
-        counts = np.bincount(levels[levels != LEFT_OUT], minlength=precisions).tolist()
-        while counts and counts[-1] == 0:
-            counts.pop()
-        return tuple(counts)
+    def counts(self, precisions: int) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]:
+        """How many vectors are kept at each precision, zeros at the end left out: per shared factor, and per head."""
+        shared = tuple(_row_counts(levels[None], precisions)[0] for levels in self.levels.shared)
+        return shared, _row_counts(self.levels.heads, precisions)
+
+
+def _row_counts(levels: Ints, precisions: int) -> tuple[tuple[int, ...], ...]:
+    width = precisions + 1  # LEFT_OUT is -1
+    cells = levels + (np.arange(len(levels)) * width + 1)[:, None]
+    counts = np.bincount(cells.reshape(-1), minlength=len(levels) * width).reshape(-1, width)[:, 1:]
+    ends = np.where(counts > 0, np.arange(1, width), 0).max(axis=1, initial=0)
+    return tuple(tuple(row[:end]) for row, end in zip(counts.tolist(), ends.tolist(), strict=True))

@@ -21,13 +21,13 @@ from hydraopt.merging.assembly import Assembly
 from hydraopt.merging.baselines import one_for_all, refuse_zero_adapters
 from hydraopt.merging.budget import (
     ModuleCurves,
+    PricedModules,
     every_direction,
     fill,
     largest_uniform,
     least_uniform,
     price_grid,
     total_bytes,
-    totals,
     uniform,
     within_budget,
     within_error,
@@ -170,23 +170,26 @@ class MergeRun:
         """The prices of a byte at which every module is traced."""
         return price_grid(self.total_weight, self.assembly.reference_bytes)
 
-    def trace(self) -> list[ModuleCurves]:
+    def trace(self) -> PricedModules:
         """Per module every way to store it that the recipe allows, "separate" first, priced."""
         if self.recipe.method in UNIFORM:
-            return [ModuleCurves.unpriced(options) for options in self._dense_options()]
+            return PricedModules(
+                [ModuleCurves.unpriced(options) for options in self._dense_options()], np.empty(0)
+            )
         families = frozenset(self.recipe.families)
         if self.recipe.budget == 1 or self.recipe.rank is not None:
             families &= {separate.NAME}
-        return [curves for (curves,) in self._trace_all(families, (self.recipe.precisions,))]
+        traced = self._trace_all(families, (self.recipe.precisions,))
+        return PricedModules([curves for (curves,) in traced], self.prices)
 
-    def trace_frontier(self, precisions: Sequence[tuple[int, ...]]) -> list[list[ModuleCurves]]:
+    def trace_frontier(self, precisions: Sequence[tuple[int, ...]]) -> list[PricedModules]:
         """As :meth:`trace` for any budget, at several sets of precisions: the bases and spectra are found once.
 
         Returns:
-            Per set of precisions, per module.
+            Per set of precisions.
         """
         traced = self._trace_all(frozenset(self.recipe.families), precisions, any_price=True)
-        return [list(column) for column in zip(*traced, strict=True)]
+        return [PricedModules(column, self.prices) for column in zip(*traced, strict=True)]
 
     def _dense_options(self) -> list[list[Option]]:
         _ = self.weights
@@ -235,7 +238,7 @@ class MergeRun:
 
     def _price_window(self, curves: Sequence[ModuleCurves], names: Sequence[str]) -> slice:
         """The two prices between which these modules alone would take their share of the budget or error."""
-        errors, sizes = totals(curves, self.prices)
+        errors, sizes = PricedModules(curves, self.prices).totals
         own = [self._own_option(name).heads.energies for name in names]
         if self.recipe.max_error is not None:
             beyond = errors > self.recipe.max_error**2 * sum(float(energies.sum()) for energies in own)
@@ -261,7 +264,7 @@ class MergeRun:
             return []
         return shared_options(self._load(name), search.families, self.recipe.precisions, search.most)
 
-    def solve(self, curves: Sequence[ModuleCurves], recipe: Recipe) -> list[Choice]:
+    def solve(self, curves: PricedModules, recipe: Recipe) -> list[Choice]:
         """What every module stores under ``recipe``.
 
         Args:
@@ -272,38 +275,34 @@ class MergeRun:
             BudgetError: If the budget or error bound cannot be met.
         """
         if recipe.method in UNIFORM:
-            return self._solve_paper([module.options for module in curves], recipe)
-        own = [module.options[0] for module in curves]
+            return self._solve_paper([module.options for module in curves.modules], recipe)
+        own = [module.options[0] for module in curves.modules]
         if recipe.budget == 1:
             return every_direction(own, [self.assembly.ranks(name) for name in self.modules])
         if recipe.rank is not None:
             ranks = [[min(rank, recipe.rank) for rank in self.assembly.ranks(name)] for name in self.modules]
             return every_direction(own, ranks)
-        allowed = [module.only({separate.NAME, *recipe.families}) for module in curves]
+        allowed = curves.only({separate.NAME, *recipe.families})
         if recipe.max_error is not None:
-            return within_error(allowed, self.prices, recipe.max_error**2 * self.total_weight)
+            return within_error(allowed, recipe.max_error**2 * self.total_weight)
         # Compared with at the end: adapting must never lose to the simple form at the same bytes.
-        alone = [module.only({separate.NAME}) for module in curves] if recipe.method == "hydraopt" else None
-
-        def within(size: int) -> list[Choice]:
-            simple = [] if alone is None else [within_budget(alone, self.prices, size)]
-            return within_budget(allowed, self.prices, size, simple)
-
-        return self._fit_container(recipe, within)
+        alone = curves.only({separate.NAME}) if recipe.method == "hydraopt" else None
+        return self._fit_container(recipe, lambda size: within_budget(allowed, size, alone))
 
     def _fit_container(self, recipe: Recipe, within: Callable[[int], list[Choice]]) -> list[Choice]:
         """The solution within the recipe's bytes, of which the manifest takes more the more there is to tell."""
         allowed, size = self._allowed_bytes(recipe), self._most_factor_bytes(recipe)
+        container_bytes = self.assembly.container_bytes()
         while True:
             choices = within(size)
-            left = allowed - total_bytes(choices) - self.assembly.container_bytes(choices)
+            left = allowed - total_bytes(choices) - container_bytes(choices)
             if left >= 0:
                 break
             size = max(size + left, 0) if size else -1
         for _ in range(_FILLINGS):
             # Filling up may lengthen some counts in the manifest by a digit or an entry.
             filled = fill(choices, total_bytes(choices) + left - 24 - len(choices))
-            now = allowed - total_bytes(filled) - self.assembly.container_bytes(filled)
+            now = allowed - total_bytes(filled) - container_bytes(filled)
             if now < 0 or now == left:
                 break
             choices, left = filled, now
@@ -341,7 +340,7 @@ class MergeRun:
 
     def storage_ratio(self, choices: Sequence[Choice]) -> float:
         """Storage ratio of the bundle these choices would make."""
-        size = total_bytes(choices) + self.assembly.container_bytes(choices)
+        size = total_bytes(choices) + self.assembly.container_bytes()(choices)
         return size / self.assembly.reference_bytes
 
     def _build(self, choices: Sequence[Choice]) -> Iterator[StoredModule]:

@@ -14,6 +14,7 @@ from hydraopt.merging import dense_heads, separate, shared_a, shared_b, two_side
 from hydraopt.merging.basis import find_basis
 from hydraopt.merging.budget import (
     ModuleCurves,
+    PricedModules,
     price_grid,
     total_bytes,
     total_error,
@@ -185,17 +186,17 @@ def two_small_modules():
         modules.append([own, *shared_a.options(one, basis, [2, 5, 8], (16, 4))])
     error = sum(module[0].cost(np.array([1e9]))[0][0] for module in modules)
     prices = price_grid(error, 5000)
-    return [ModuleCurves.of(options, prices) for options in modules], prices
+    return PricedModules([ModuleCurves.of(options, prices) for options in modules], prices)
 
 
 def test_no_price_does_better_than_the_budget_solver():
     """For every pair of options and a fine ladder of prices: whatever fits the budget is no closer."""
-    modules, prices = two_small_modules()
-    fine = np.geomspace(prices[0], prices[-1], 400)
+    modules = two_small_modules()
+    fine = np.geomspace(modules.prices[0], modules.prices[-1], 400)
     for size in (200, 700, 1500, 3000):
-        found = within_budget(modules, prices, size)
+        found = within_budget(modules, size)
         assert total_bytes(found) <= size
-        for options in itertools.product(*(module.options for module in modules)):
+        for options in itertools.product(*(module.options for module in modules.modules)):
             costs = [option.cost(fine) for option in options]
             errors = sum(e for e, _ in costs) + sum(option.doubt for option in options)
             sizes = sum(b for _, b in costs)
@@ -211,26 +212,26 @@ def test_what_lies_outside_a_shared_span_counts_twice():
         assert option.doubt == option.base_error > 0
     own = separate.option(separate.spectra(one) * one.weights[:, None].numpy(), (D_OUT, D_IN), (16, 4))
     assert own.doubt == 0
-    modules, prices = two_small_modules()
-    curves = modules[0]
-    expected_best = np.argmin(curves.errors + curves.doubts + prices * curves.bytes, axis=0)
-    assert np.array_equal(curves.best(prices), expected_best)
+    modules = two_small_modules()
+    curves = modules.modules[0]
+    expected_best = np.argmin(curves.errors + curves.doubts + modules.prices * curves.bytes, axis=0)
+    assert np.array_equal(modules.best[0], expected_best)
 
 
 def test_an_error_bound_is_met_with_no_more_bytes_than_a_budget_needs():
-    modules, prices = two_small_modules()
+    modules = two_small_modules()
     for bound in (0.05, 0.5, 2.0):
-        found = within_error(modules, prices, bound)
+        found = within_error(modules, bound)
         assert total_error(found) <= bound
-        smaller = within_budget(modules, prices, total_bytes(found) - 60)
+        smaller = within_budget(modules, total_bytes(found) - 60)
         assert total_error(smaller) > bound * 0.98
 
 
 def test_a_budget_of_nothing_keeps_nothing():
-    modules, prices = two_small_modules()
-    assert total_bytes(within_budget(modules, prices, 0)) == 0
+    modules = two_small_modules()
+    assert total_bytes(within_budget(modules, 0)) == 0
     with pytest.raises(BudgetError):
-        within_budget(modules, prices, -1)
+        within_budget(modules, -1)
 
 
 def test_a_metric_measures_errors_on_the_inputs():

@@ -13,7 +13,7 @@ install: $(READY)
 $(READY): pyproject.toml infra/constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "hydraopt needs Python 3.11 or newer; set PYTHON=")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint infra/constraints.txt --editable '.[local,production,test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint infra/constraints.txt --editable '.[local,production,test$(EXTRAS:%=,%)]'
 	@touch $(READY)
 
 demo: $(READY)  ## the whole pipeline on a small real example; KEEP=1 leaves the services running

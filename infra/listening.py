@@ -10,18 +10,19 @@ from hydraopt.errors import ServiceError
 _CONNECT_TIMEOUT_S = 5.0
 
 
-def check_listens(name: str, address: str) -> None:
-    """Refuse an address where nothing listens; one that is no web address is a database and is not tried.
+def check_listens(name: str, address: str, start: str = "`hydraopt up`") -> None:
+    """Refuse an address where nothing listens. A database, neither web address nor cluster, is not tried.
 
     Args:
         name: What should be there, for the message.
         address: Where.
+        start: What starts it, for the message.
 
     Raises:
         ServiceError: If no connection is made within five seconds.
     """
     parts = urlsplit(address)
-    if parts.scheme not in {"http", "https"} or parts.hostname is None:
+    if parts.scheme not in {"http", "https", "dask", "ray"} or parts.hostname is None:
         return
     port = parts.port or (443 if parts.scheme == "https" else 80)
     try:
@@ -29,5 +30,5 @@ def check_listens(name: str, address: str) -> None:
     except OSError as error:
         raise ServiceError(
             f"{name} does not answer at {address} ({error.strerror or error}): "
-            "what was done before is kept; start it with `hydraopt up`, or correct its address, and run this again"
+            f"what was done before is kept; start it with {start}, or correct its address, and run this again"
         ) from None

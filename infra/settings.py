@@ -47,7 +47,15 @@ def _is_http(address: str) -> str:
     return address
 
 
+def _is_cluster(address: str) -> str:
+    parts = urlsplit(address)
+    if parts.scheme not in {"dask", "ray"} or not parts.hostname or not parts.port:
+        raise ValueError("a cluster's address looks like dask://127.0.0.1:8786 or ray://127.0.0.1:10001")
+    return address
+
+
 Address = Annotated[str, AfterValidator(_without_password)]
+ClusterAddress = Annotated[str, AfterValidator(_without_password), AfterValidator(_is_cluster)]
 HttpAddress = Annotated[str, AfterValidator(_without_password), AfterValidator(_is_http)]
 
 
@@ -83,6 +91,10 @@ class Settings(BaseSettings):
     )
     webhook_secret: SecretStr | None = Field(
         None, min_length=16, description="Secret that MLflow signs them with, never shown."
+    )
+    merge_workers: ClusterAddress | None = Field(
+        None,
+        description="Dask's or Ray's address that merges fan out to; None: threads of the merging process.",
     )
     service_timeout_s: float = Field(
         20.0, gt=0, le=25, allow_inf_nan=False, description="Seconds one request may take; at most 25."

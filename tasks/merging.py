@@ -21,6 +21,7 @@ from infra.atomic_files import write_atomically
 from infra.blobs import BlobRef
 from infra.bundle_store import read_manifest, read_manifest_bytes
 from infra.channels import live
+from infra.merge_workers import merge_workers
 from infra.metrics import write_merge
 from infra.object_store import ObjectStore
 from infra.settings import Settings
@@ -43,7 +44,8 @@ def merge_adapters(settings: Settings, desired: DesiredSet, folders: dict[str, P
     recipe = desired.spec.recipe.model_dump(exclude=MADE_FROM)
     bundle = _merged_onto_live(settings, desired, folders, recipe)
     if bundle is None:
-        bundle = hydraopt.merge(folders, **recipe, progress=progress)
+        with merge_workers(settings) as executor:
+            bundle = hydraopt.merge(folders, **recipe, progress=progress, executor=executor)
     bundle.save(out)
     write_merge(settings.home, desired.spec.name, time.monotonic() - started)
     return out

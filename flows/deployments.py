@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 import infra
 from hydraopt.evaluation.yaml_file import read_yaml
+from tasks.prefect_pages import every_flow_run
 
 Pool = Literal["cpu", "gpu"]
 
@@ -88,11 +89,11 @@ def clear_leftovers(entries: list[DeploymentEntry]) -> None:
     """
     ours = DeploymentFilter(name=DeploymentFilterName(any_=[entry.name for entry in entries]))
     with get_client(sync_client=True) as client:
-        for run in client.read_flow_runs(deployment_filter=ours, flow_run_filter=_in("RUNNING", "PENDING")):
+        for run in every_flow_run(client, deployment_filter=ours, flow_run_filter=_in("RUNNING", "PENDING")):
             client.set_flow_run_state(
                 run.id, Crashed(message="the process that executed this run was killed")
             )
-        for run in client.read_flow_runs(deployment_filter=ours, flow_run_filter=_in("SCHEDULED")):
+        for run in every_flow_run(client, deployment_filter=ours, flow_run_filter=_in("SCHEDULED")):
             if run.auto_scheduled:
                 client.delete_flow_run(run.id)
 

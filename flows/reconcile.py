@@ -14,15 +14,15 @@ from flows.approve_in_ui import open_form
 from flows.deployed_run import run_deployed
 from flows.release import release
 from hydraopt.errors import HydraoptError, ServiceError
-from infra.candidates import CandidateStatus
 from infra.metrics import note_behind, note_reconcile
 from infra.settings import Settings
 from tasks.candidates import (
     describe_candidate,
     find_candidate,
+    former_version,
     judge_candidate,
     needs_measuring,
-    read_candidates,
+    read_signed,
     show_candidate,
 )
 from tasks.desired import DesiredSet, read_desired
@@ -52,7 +52,8 @@ def reconcile(settle_s: _Seconds = 0) -> dict[str, Any]:
 
     Returns:
         ``bundles``: by name, its ``state`` (``unchanged``, ``merged``, ``waiting`` for adapters or
-        ``changing`` right now), ``fingerprint``, ``bundle_id`` and whether its gates ``passed``;
+        ``changing`` right now), ``fingerprint``, ``bundle_id``, whether its gates ``passed``, and as ``version``
+        under which number it was released before, if it was and is not live;
         ``released``: what an interrupted approval had left to publish; ``seconds``.
 
     Raises:
@@ -81,7 +82,7 @@ def _reconcile(settings: Settings, settle_s: float) -> dict[str, Any]:
             bundles[one.spec.name] = _bring_up_to_date(settings, one)
     channels = {one.spec.name: one.spec.channel for one in desired}
     released = []
-    for candidate in _signed_off(settings):
+    for candidate in read_signed(settings):
         with _held_back(problems):
             channel = channels.get(candidate.name, "stable")
             released.append(release(candidate.name, candidate.bundle_id, channel))
@@ -126,11 +127,6 @@ def _ask_in_ui(settings: Settings, name: str, bundle_id: str) -> None:
         open_form(name, bundle_id)
 
 
-def _signed_off(settings: Settings) -> list[CandidateStatus]:
-    """Approved candidates that are not published yet, the oldest first."""
-    return [one for one in reversed(read_candidates(settings)) if one.state == "approved"]
-
-
 def _bring_up_to_date(settings: Settings, desired: DesiredSet) -> dict[str, Any]:
     """Have the bundle's set merged, measured and judged."""
     if desired.fingerprint is None:
@@ -142,7 +138,7 @@ def _bring_up_to_date(settings: Settings, desired: DesiredSet) -> dict[str, Any]
         say("no judged candidate of this set yet: merge-set is started")
         note_behind(settings.home, name, behind=True)
         steps = _FIXED_STEPS + 2 * len(desired.versions)
-        run_deployed("merge-set", {"bundle": name}, steps=steps)
+        run_deployed("merge-set", {"bundle": name}, steps=steps, work=f"{name}:{desired.fingerprint}")
         state = "merged"
         bundle_id = find_candidate(settings, desired)
     if bundle_id is None:
@@ -157,4 +153,5 @@ def _bring_up_to_date(settings: Settings, desired: DesiredSet) -> dict[str, Any]
         "fingerprint": desired.fingerprint,
         "bundle_id": bundle_id,
         "passed": report.passed,
+        "version": former_version(settings, desired, bundle_id),
     }

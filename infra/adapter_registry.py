@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from hydraopt.errors import RecordError
@@ -22,6 +23,7 @@ SERVING = "serving"
 
 _PREFIX = "adapter."
 _LONGEST_SLUG = 120  # of the 256 characters MLflow allows for the whole name
+_READS = 8  # versions asked for at the same time
 
 
 class AdapterRegistry:
@@ -60,15 +62,18 @@ class AdapterRegistry:
         Raises:
             RecordError: If the alias points to a version without a digest: it was not made by us.
         """
-        found: dict[tuple[str, str], str] = {}
-        with told_plainly(self._settings, "reading the serving adapters"):
-            for model in self._models():
-                key = (model.tags["base_model"], model.tags["task"])
-                if SERVING in model.aliases and base_model in {None, key[0]}:
-                    digest = self._serving_digest(model.name)
-                    if digest is not None:
-                        found[key] = digest
-        return found
+        with told_plainly(self._settings, "reading the serving adapters"), ThreadPoolExecutor(_READS) as pool:
+            models = [
+                model
+                for model in self._models()
+                if SERVING in model.aliases and base_model in {None, model.tags["base_model"]}
+            ]
+            digests = pool.map(self._listed_digest, models)
+            return {
+                (model.tags["base_model"], model.tags["task"]): digest
+                for model, digest in zip(models, digests, strict=True)
+                if digest is not None
+            }
 
     def owner(self, name: str) -> tuple[str, str] | None:
         """Base model and task of a registered model; None if it holds no adapters of ours, or is not there."""
@@ -168,6 +173,14 @@ class AdapterRegistry:
         )
         return min(versions, key=lambda version: int(version.version), default=None)
 
+    def _listed_digest(self, model: Any) -> str | None:
+        """Digest of a listed model's serving version; None if there is none (any more)."""
+        for version in model.latest_versions:
+            # Nearly always the one: a request for each of a thousand adapters would take most of a minute.
+            if int(version.version) == int(model.aliases[SERVING]):
+                return _digest(model.name, version)
+        return self._serving_digest(model.name)
+
     def _serving_digest(self, name: str) -> str | None:
         """Digest of the serving version; None if there is none (any more)."""
         try:
@@ -177,12 +190,7 @@ class AdapterRegistry:
             if error.error_code in {ABSENT, "INVALID_PARAMETER_VALUE"}:
                 return None
             raise
-        if "digest" not in version.tags:
-            raise RecordError(
-                f"alias {SERVING!r} of {name!r} points to version {version.version}, which hydraopt did not "
-                "register: move the alias back, or ingest the adapter"
-            )
-        return str(version.tags["digest"])
+        return _digest(name, version)
 
 
 def model_name(base_model: str, task: str) -> str:
@@ -191,6 +199,16 @@ def model_name(base_model: str, task: str) -> str:
     if len(base) > _LONGEST_SLUG:
         base = f"{base[:_LONGEST_SLUG]}-{hashlib.sha256(base_model.encode()).hexdigest()[:12]}"
     return f"{_PREFIX}{base}.{check_task_name(task)}"
+
+
+def _digest(name: str, version: Any) -> str:
+    """What a serving version of MLflow's says it is."""
+    if "digest" not in version.tags:
+        raise RecordError(
+            f"alias {SERVING!r} of {name!r} points to version {version.version}, which hydraopt did not "
+            "register: move the alias back, or ingest the adapter"
+        )
+    return str(version.tags["digest"])
 
 
 def _tags(version: AdapterVersion) -> dict[str, str]:

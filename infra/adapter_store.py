@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from infra.records import canonical, check_digest, create_json, read_json
 FILES = (CONFIG_FILE, TENSOR_FILE)
 """All an adapter folder may hold that means anything."""
 
+_READS = 8  # records read at the same time
 _UPDATES = 20  # how often to try again when others change the same version's record
 
 
@@ -143,6 +145,37 @@ def find_adapter_version(
             f"{base_model!r}"
         )
     return version
+
+
+def load_adapter_versions(
+    store: ObjectStore, base_model: str, digests: Mapping[str, str]
+) -> dict[str, AdapterVersion]:
+    """The recorded versions of a set, many read at a time, by task.
+
+    Args:
+        store: Where.
+        base_model: Base model of them all.
+        digests: Digest by task.
+
+    Raises:
+        RecordError: If one has no record, or it is damaged or about something else.
+    """
+    with ThreadPoolExecutor(_READS) as pool:
+        found = pool.map(lambda one: load_adapter_version(store, base_model, *one), digests.items())
+        return dict(zip(digests, found, strict=True))
+
+
+def find_adapter_versions(
+    store: ObjectStore, base_model: str, digests: Mapping[str, str]
+) -> dict[str, AdapterVersion]:
+    """The same, without those that have no record.
+
+    Raises:
+        RecordError: If a record is damaged or about something else.
+    """
+    with ThreadPoolExecutor(_READS) as pool:
+        found = pool.map(lambda one: find_adapter_version(store, base_model, *one), digests.items())
+        return {task: one for task, one in zip(digests, found, strict=True) if one is not None}
 
 
 def read_version_record(store: ObjectStore, key: str) -> AdapterVersion:

@@ -13,9 +13,10 @@ from hydraopt.errors import BundleError, RecordError
 from hydraopt.names import check_name
 from infra.blobs import BlobRef
 from infra.object_store import ObjectStore
-from infra.records import check_digest, create_json, create_record, manifest_key, read_json
+from infra.records import check_digest, create_json, create_record, manifest_key, read_json, read_record
 
 _UPLOADS = 4  # files sent at the same time
+_HEADS = 8  # files looked at at the same time
 
 
 def upload_bundle(store: ObjectStore, name: str, bundle_dir: Path) -> str:
@@ -78,28 +79,56 @@ def read_manifest_bytes(store: ObjectStore, name: str, bundle_id: str) -> bytes:
     return stored[0]
 
 
+def missing_files(store: ObjectStore, manifest: Manifest) -> list[str]:
+    """Paths of a bundle's files that the store lacks or holds damaged, many looked at at a time."""
+    files = manifest.files()
+    refs = [BlobRef(sha256=entry.sha256, bytes=entry.bytes) for entry in files.values()]
+    with ThreadPoolExecutor(_HEADS) as pool:
+        there = list(pool.map(store.exists_blob, refs))
+    return [path for path, found in zip(files, there, strict=True) if not found]
+
+
 def claim_fingerprint(store: ObjectStore, name: str, fingerprint: str, bundle_id: str) -> str:
     """Make ``bundle_id`` the bundle of an adapter set, unless the set has one; return the one it has.
 
-    Two merges of the same set may differ by rounding; the first one recorded is the one.
+    Two merges of the same set may differ by rounding; the first one recorded is the one. Where its files were
+    collected as garbage and a later merge of the set gave another bundle, that one takes its place.
     """
     check_digest(bundle_id, "bundle id")
-    key = _fingerprint_key(name, fingerprint)
-    create_json(store, key, {"bundle_id": bundle_id})
-    return _fingerprint_bundle(store, key) or bundle_id
+    while True:
+        claims = _claims(store, name, fingerprint)
+        if claims and (claims[-1] == bundle_id or _is_kept(store, name, claims[-1])):
+            return claims[-1]
+        create_json(store, _fingerprint_key(name, fingerprint, len(claims) + 1), {"bundle_id": bundle_id})
 
 
 def find_by_fingerprint(store: ObjectStore, name: str, fingerprint: str) -> str | None:
-    """Id of the bundle recorded for an adapter set, or None."""
-    return _fingerprint_bundle(store, _fingerprint_key(name, fingerprint))
+    """Id of the bundle recorded for an adapter set; None if there is none, or its files are not all there.
+
+    One that was rejected is the set's bundle without them as well: it is not merged again.
+    """
+    claims = _claims(store, name, fingerprint)
+    return claims[-1] if claims and _is_kept(store, name, claims[-1]) else None
 
 
-def _fingerprint_key(name: str, fingerprint: str) -> str:
-    return f"fingerprints/{check_name(name, 'bundle name')}/{check_digest(fingerprint, 'fingerprint')}.json"
+def _claims(store: ObjectStore, name: str, fingerprint: str) -> list[str]:
+    """The bundles that a set had and has, the newest last."""
+    found: list[str] = []
+    while stored := read_json(store, key := _fingerprint_key(name, fingerprint, len(found) + 1)):
+        found.append(check_digest(str(stored[0].content.get("bundle_id")), f"bundle id in {key}"))
+    return found
 
 
-def _fingerprint_bundle(store: ObjectStore, key: str) -> str | None:
-    stored = read_json(store, key)
-    if stored is None:
-        return None
-    return check_digest(str(stored[0].content.get("bundle_id")), f"bundle id in {key}")
+def _is_kept(store: ObjectStore, name: str, bundle_id: str) -> bool:
+    """Whether a set's bundle can be released, or was refused for good."""
+    decided = read_record(store, name, bundle_id, "decided")
+    if decided is not None and decided.content.get("decision") == "rejected":
+        return True
+    return not missing_files(store, read_manifest(store, name, bundle_id))
+
+
+def _fingerprint_key(name: str, fingerprint: str, number: int) -> str:
+    """Where the ``number``-th bundle (from 1) of an adapter set is named."""
+    check_name(name, "bundle name")
+    suffix = "" if number == 1 else f"-{number:06d}"
+    return f"fingerprints/{name}/{check_digest(fingerprint, 'fingerprint')}{suffix}.json"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -16,13 +17,14 @@ from infra.approvers import Approvers
 from infra.bundle_store import claim_fingerprint, find_by_fingerprint, read_manifest, upload_bundle
 from infra.evidence import read_evidence, read_gate_report, write_evidence, write_gate_report
 from infra.object_store import ObjectStore
-from infra.records import State, read_record, read_records
+from infra.records import State, check_bundle, read_record, read_records
 from infra.sign_off import SignOff, count_approvals
 from infra.supply_chain.describe import stored_adapters
 
 CandidateState = Literal["merged", "gated-failed", "awaiting-approval", "approved", "rejected", "published"]
 
 _SHORTEST_PREFIX = 4
+_READS = 8  # candidates read at the same time
 
 
 class CandidateStatus(BaseModel):
@@ -48,7 +50,11 @@ class CandidateStatus(BaseModel):
 
 
 def list_candidates(
-    store: ObjectStore, name: str | None = None, approvers_of: Callable[[str], Approvers] | None = None
+    store: ObjectStore,
+    name: str | None = None,
+    approvers_of: Callable[[str], Approvers] | None = None,
+    *,
+    only: Callable[[Collection[str]], bool] = lambda _states: True,
 ) -> list[CandidateStatus]:
     """Every candidate (of one bundle name), newest first.
 
@@ -56,18 +62,43 @@ def list_candidates(
         store: Where.
         name: Bundle name; None: all.
         approvers_of: Whose word counts for a bundle name: then approvals are counted for what is not published.
+        only: Given the states that a candidate has records of: whether it is wanted. The others are not read.
 
     Raises:
         RecordError: If a record is damaged.
     """
     prefix = "records/" if name is None else f"records/{check_name(name, 'bundle name')}/"
+    found = [(which, seen) for which, seen in _states(store, prefix).items() if only(seen)]
+    with ThreadPoolExecutor(_READS) as pool:  # there are more of them every day
+        read = list(pool.map(lambda one: _status(store, one[0], one[1], approvers_of), found))
+    return sorted(read, key=lambda one: (one.merged_at, one.bundle_id), reverse=True)
+
+
+def read_candidate(
+    store: ObjectStore,
+    name: str,
+    bundle_id: str,
+    approvers_of: Callable[[str], Approvers] | None = None,
+) -> CandidateStatus | None:
+    """One candidate; None if there is none of that id.
+
+    Raises:
+        RecordError: If a record is damaged.
+    """
+    check_bundle(name, bundle_id)
+    for which, seen in _states(store, f"records/{name}/{bundle_id}/").items():
+        return _status(store, which, seen, approvers_of)
+    return None
+
+
+def _states(store: ObjectStore, prefix: str) -> dict[tuple[str, str], set[str]]:
+    """The states that records below ``prefix`` tell of, by bundle name and id, of all that were merged."""
     states: defaultdict[tuple[str, str], set[str]] = defaultdict(set)
     for key in store.keys(prefix):
         parts = key.split("/")
         if len(parts) == 4:
             states[parts[1], parts[2]].add(re.split(r"[-.]", parts[3])[0])
-    found = [_status(store, *which, seen, approvers_of) for which, seen in states.items() if "merged" in seen]
-    return sorted(found, key=lambda one: (one.merged_at, one.bundle_id), reverse=True)
+    return {which: seen for which, seen in states.items() if "merged" in seen}
 
 
 def resolve(store: ObjectStore, id_prefix: str, name: str | None = None) -> tuple[str, str]:
@@ -100,11 +131,12 @@ def resolve(store: ObjectStore, id_prefix: str, name: str | None = None) -> tupl
 
 def _status(
     store: ObjectStore,
-    name: str,
-    bundle_id: str,
+    which: tuple[str, str],
     seen: set[str],
     approvers_of: Callable[[str], Approvers] | None,
 ) -> CandidateStatus:
+    name, bundle_id = which
+
     def content(state: State) -> dict[str, Any]:
         record = read_record(store, name, bundle_id, state) if state in seen else None
         return record.content if record else {}
@@ -166,6 +198,7 @@ __all__ = [
     "count",
     "find_by_fingerprint",
     "list_candidates",
+    "read_candidate",
     "read_evidence",
     "read_gate_report",
     "read_manifest",

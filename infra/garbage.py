@@ -1,14 +1,15 @@
 """Remove blobs that nothing needs any more; records, manifests, documents and adapters stay for ever.
 
 A bundle's files are kept while a channel shows it or showed it just before, while it is among the newest published
-versions, and while it is a candidate nobody decided on. What else lies in ``blobs/`` may go once it is old enough:
+versions, while it is a candidate nobody decided on, and while it is what the adapters that serve now were merged to.
+What else lies in ``blobs/`` may go once it is old enough:
 whoever is storing something right now stores its blobs first and names them later.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -16,10 +17,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from hydraopt.errors import RecordError
 from infra.adapter_store import read_version_record
 from infra.bundle_store import read_manifest
-from infra.candidates import list_candidates
+from infra.candidates import CandidateStatus, list_candidates
 from infra.channels import channels_of, settle
 from infra.object_store import ObjectStore, StoredObject
 from infra.records import read_record
+from infra.serving_record import serving_records
 from infra.supply_chain.release_file import parse_description
 
 Progress = Callable[[int, int, str], None]
@@ -99,6 +101,7 @@ def _sort_bundles(
     """Bundles whose files are needed, and the others, as (name, id)."""
     stored = {(found[1], found[2]) for key in store.keys("bundles/") if (found := _MANIFEST.fullmatch(key))}
     dropped: set[tuple[str, str]] = set()
+    serving = {record.base_model: record.adapters for record in serving_records(store)}
     for name in sorted({name for name, _ in stored}):
         states = list_candidates(store, name)
         published = sorted((one.version for one in states if one.version is not None), reverse=True)
@@ -106,9 +109,31 @@ def _sort_bundles(
         shown = _shown(store, name)
         for one in states:
             over = one.state == "rejected" or (one.state == "published" and one.version not in newest)
-            if over and one.version not in shown:
+            if over and one.version not in shown and not _serves(store, one, states[0].tasks, serving):
                 dropped.add((name, one.bundle_id))
     return stored - dropped, dropped & stored
+
+
+def _serves(
+    store: ObjectStore,
+    one: CandidateStatus,
+    newest: tuple[str, ...],
+    serving: Mapping[str, Mapping[str, str]],
+) -> bool:
+    """Whether a published bundle holds what serves now: adapters may come back, and then it is wanted again.
+
+    Args:
+        store: Where.
+        one: The bundle.
+        newest: The tasks of the newest bundle of its name; another bundle of these or of all tasks may be wanted.
+        serving: Digest by task by base model.
+    """
+    if one.state != "published":
+        return False
+    manifest = read_manifest(store, one.name, one.bundle_id)
+    now = serving.get(manifest.base_model.name, {})
+    whole = set(one.tasks) in ({*newest}, {*now})
+    return whole and all(now.get(task) == digest for task, digest in manifest.adapters.items())
 
 
 def _shown(store: ObjectStore, name: str) -> set[int]:

@@ -7,7 +7,6 @@ store, and any later one finishes the work. Two at once do no harm.
 from __future__ import annotations
 
 import re
-from concurrent.futures import ThreadPoolExecutor
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -16,13 +15,12 @@ from hydraopt.errors import RecordError
 from hydraopt.names import check_name
 from infra.approvals import conclude, verify_sign_off
 from infra.approvers import Approvers
-from infra.blobs import BlobRef, Digest
-from infra.bundle_store import read_manifest
+from infra.blobs import Digest
+from infra.bundle_store import missing_files, read_manifest
 from infra.channels import Move, live, move, settle
 from infra.object_store import ObjectStore
 from infra.records import about, check_bundle, create_json, create_record, now, read_json, record_key
 
-_HEADS = 8  # blobs looked at at the same time
 _VERSION_FILE = re.compile(r"/versions/([0-9]{6,12})\.json$")
 
 
@@ -224,11 +222,7 @@ def _claim_version(store: ObjectStore, name: str, bundle_id: str) -> int:
 
 def _check_files(store: ObjectStore, bundle_id: str, manifest: Manifest) -> None:
     """Refuse a bundle of which a device could not fetch every file."""
-    files = manifest.files()
-    refs = [BlobRef(sha256=entry.sha256, bytes=entry.bytes) for entry in files.values()]
-    with ThreadPoolExecutor(_HEADS) as pool:
-        there = list(pool.map(store.exists_blob, refs))
-    missing = [path for path, found in zip(files, there, strict=True) if not found]
+    missing = missing_files(store, manifest)
     if missing:
         raise RecordError(
             f"bundle {bundle_id} lacks files in the store, or they are damaged ({', '.join(missing[:5])}): "

@@ -12,6 +12,7 @@ from infra.approvers import approvers_of
 from infra.bundle_registry import BundleRegistry
 from infra.bundle_store import claim_fingerprint, find_by_fingerprint, read_manifest, upload_bundle
 from infra.candidates import CandidateStatus, list_candidates
+from infra.channels import live
 from infra.evidence import Evidence, write_evidence, write_gate_report
 from infra.metrics import write_candidate
 from infra.records import latest_record, read_record
@@ -104,7 +105,26 @@ def show_candidate(settings: Settings, desired: DesiredSet, bundle_id: str, repo
     write_candidate(settings.home, desired.spec.name, manifest, report)
 
 
-@verb(task_run_name="list candidates")
-def read_candidates(settings: Settings) -> list[CandidateStatus]:
-    """Where every candidate stands."""
-    return list_candidates(object_store(settings), None, partial(approvers_of, settings.home))
+def former_version(settings: Settings, desired: DesiredSet, bundle_id: str) -> int | None:
+    """Under which number the set's bundle was released, if it was and the channel has moved on since.
+
+    The adapters are then what they were before; no release goes back by itself, a rollback does.
+    """
+    store, spec = object_store(settings), desired.spec
+    published = read_record(store, spec.name, bundle_id, "published")
+    shown = live(store, spec.name, spec.channel)
+    if published is None or shown is None or shown.bundle_id == bundle_id:
+        return None
+    return int(published.content["version"])
+
+
+@verb(task_run_name="look for signed candidates")
+def read_signed(settings: Settings) -> list[CandidateStatus]:
+    """Approved candidates that are not published yet, the oldest first."""
+    found = list_candidates(
+        object_store(settings),
+        None,
+        partial(approvers_of, settings.home),
+        only=lambda states: "approved" in states and "published" not in states,
+    )
+    return [one for one in reversed(found) if one.state == "approved"]

@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from hydraopt.errors import AdapterMismatchError, RecordError
 from hydraopt.merging.recipe import set_fingerprint
 from infra.adapter_registry import AdapterRegistry
-from infra.adapter_store import AdapterVersion, load_adapter_version
+from infra.adapter_store import AdapterVersion, load_adapter_versions
 from infra.object_store import ObjectStore
 from infra.pipeline_spec import BundleSpec, desired_specs
 from infra.serving_record import copy_serving
@@ -64,11 +64,9 @@ def find_desired(sets: list[DesiredSet], bundle: str) -> DesiredSet:
 def _desired(store: ObjectStore, spec: BundleSpec, serving: dict[str, str]) -> DesiredSet:
     """The set of ``spec``, given the serving digest by task of its base model."""
     tasks = sorted(serving) if spec.tasks is None else sorted(spec.tasks)
-    versions = {
-        task: load_adapter_version(store, spec.base_model, task, serving[task])
-        for task in tasks
-        if task in serving
-    }
+    versions = load_adapter_versions(
+        store, spec.base_model, {task: serving[task] for task in tasks if task in serving}
+    )
     waiting_for = tuple(task for task in tasks if task not in serving)
     complete = bool(versions) and not waiting_for
     return DesiredSet(

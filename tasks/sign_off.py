@@ -7,7 +7,7 @@ from functools import partial
 from hydraopt.errors import RecordError
 from infra.approvals import approve_asserted, reject_asserted
 from infra.approvers import approvers_of
-from infra.candidates import CandidateStatus, list_candidates
+from infra.candidates import CandidateStatus, read_candidate
 from infra.pipeline_spec import load_specs
 from infra.settings import Settings
 from infra.supply_chain.service_key import service_key
@@ -18,11 +18,10 @@ from tasks.verb import verb
 @verb(task_run_name="see where {name} {bundle_id} stands")
 def candidate_status(settings: Settings, name: str, bundle_id: str) -> CandidateStatus:
     """Where one candidate stands."""
-    found = list_candidates(object_store(settings), name, partial(approvers_of, settings.home))
-    for one in found:
-        if one.bundle_id == bundle_id:
-            return one
-    raise RecordError(f"there is no candidate {bundle_id} of {name!r}: see `hydraopt candidates`")
+    found = read_candidate(object_store(settings), name, bundle_id, partial(approvers_of, settings.home))
+    if found is None:
+        raise RecordError(f"there is no candidate {bundle_id} of {name!r}: see `hydraopt candidates`")
+    return found
 
 
 @verb(task_run_name="note what {who} says of {name}")

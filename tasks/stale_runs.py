@@ -18,6 +18,7 @@ from prefect.runtime import flow_run
 from prefect.states import Crashed
 
 from infra.settings import Settings
+from tasks.prefect_pages import every_flow_run
 from tasks.verb import verb
 
 REAPED_FLOWS = ("merge-set", "finetune-task")
@@ -48,10 +49,10 @@ def close_dead_runs(settings: Settings) -> list[str]:
     """
     closed = []
     with get_client(sync_client=True) as client:
-        running = client.read_flow_runs(
+        running = every_flow_run(
+            client,
             flow_filter=FlowFilter.model_validate({"name": {"any_": list(REAPED_FLOWS)}}),
             flow_run_filter=FlowRunFilter.model_validate({"state": {"type": {"any_": [StateType.RUNNING]}}}),
-            limit=200,
         )
         for run in running:
             if _is_dead(client, settings, run) and _still_running(client, run):

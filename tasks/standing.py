@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from infra.candidates import find_by_fingerprint, list_candidates
+from infra.candidates import find_by_fingerprint, read_candidate
 from infra.object_store import ObjectStore
 from infra.publishing import live
 from infra.settings import Settings
@@ -21,7 +21,7 @@ def standing(settings: Settings) -> dict[str, dict[str, Any]]:
 def _stand(store: ObjectStore, desired: DesiredSet) -> dict[str, Any]:
     name, channel = desired.spec.name, desired.spec.channel
     bundle_id = find_by_fingerprint(store, name, desired.fingerprint) if desired.fingerprint else None
-    states = {one.bundle_id: one.state for one in list_candidates(store, name)}
+    candidate = read_candidate(store, name, bundle_id) if bundle_id else None
     shown = live(store, name, channel)
     return {
         "base_model": desired.spec.base_model,
@@ -29,7 +29,7 @@ def _stand(store: ObjectStore, desired: DesiredSet) -> dict[str, Any]:
         "waiting_for": list(desired.waiting_for),
         "fingerprint": desired.fingerprint,
         "desired_bundle_id": bundle_id,
-        "desired_state": states.get(bundle_id) if bundle_id else None,
+        "desired_state": candidate.state if candidate else None,
         "channel": channel,
         "live_version": shown.version if shown else None,
         "live_bundle_id": shown.bundle_id if shown else None,

@@ -9,6 +9,8 @@ from prefect.client.schemas.filters import FlowFilter, FlowRunFilter
 from prefect.client.schemas.objects import StateType
 from prefect.states import Cancelled
 
+from tasks.prefect_pages import every_flow_run
+
 _RECONCILE = FlowFilter.model_validate({"name": {"any_": ["reconcile"]}})
 _SCHEDULED = FlowRunFilter.model_validate({"state": {"type": {"any_": [StateType.SCHEDULED]}}})
 
@@ -19,7 +21,7 @@ def reconciles_that_wait() -> list[UUID]:
     Each stands for a registration that was made before it: whoever reads the registry now sees all of them.
     """
     with get_client(sync_client=True) as client:
-        runs = client.read_flow_runs(flow_filter=_RECONCILE, flow_run_filter=_SCHEDULED, limit=200)
+        runs = every_flow_run(client, flow_filter=_RECONCILE, flow_run_filter=_SCHEDULED)
     return [run.id for run in runs if run.created_by is not None and run.created_by.type == "AUTOMATION"]
 
 

@@ -191,4 +191,10 @@ def _bundle_line(name: str, bundle: dict[str, Any]) -> str:
     if bundle["state"] == "changing":
         return f"{name}: an adapter was registered while it was merged; run it again"
     gates = "gates passed" if bundle["passed"] else "gates FAILED"
-    return f"{name}: {bundle['state']}, candidate {bundle['bundle_id'][:12]}, {gates}"
+    line = f"{name}: {bundle['state']}, candidate {bundle['bundle_id'][:12]}, {gates}"
+    if bundle["version"] is not None:
+        line += (
+            f"; it was version {bundle['version']} and is not live: "
+            f"`hydraopt rollback {name} --to {bundle['version']}` makes it live again"
+        )
+    return line

@@ -6,7 +6,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from hydraopt.bundle.layout import Manifest
 from hydraopt.errors import RecordError
-from infra.adapter_store import AdapterVersion, find_adapter_version
+from infra.adapter_store import AdapterVersion, find_adapter_versions
 from infra.approvers import Approvers
 from infra.bundle_store import read_manifest
 from infra.object_store import ObjectStore
@@ -70,6 +70,4 @@ def check_description(
 
 def stored_adapters(store: ObjectStore, manifest: Manifest) -> dict[str, AdapterVersion]:
     """The recorded version of each adapter of a bundle; one that has no record is left out."""
-    base = manifest.base_model.name
-    found = {task: find_adapter_version(store, base, task, one) for task, one in manifest.adapters.items()}
-    return {task: version for task, version in found.items() if version is not None}
+    return find_adapter_versions(store, manifest.base_model.name, manifest.adapters)

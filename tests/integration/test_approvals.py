@@ -55,8 +55,8 @@ def test_damaged_bundle_is_not_uploaded(manager):
 def test_first_bundle_of_a_set_is_the_one(manager):
     fingerprint = "cd" * 32
     assert find_by_fingerprint(manager.store, manager.name, fingerprint) is None
-    ids = [f"{number:064x}" for number in range(8)]
-    with ThreadPoolExecutor(8) as pool:
+    ids = [manager.merged(seed) for seed in range(3)] * 3
+    with ThreadPoolExecutor(9) as pool:
         won = set(pool.map(lambda one: claim_fingerprint(manager.store, manager.name, fingerprint, one), ids))
     assert won == {find_by_fingerprint(manager.store, manager.name, fingerprint)}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
 
@@ -11,14 +12,18 @@ import pytest
 from hydraopt.errors import RecordError, RefusedError, ServiceError
 from infra.adapter_store import fetch_adapter, store_adapter
 from infra.approvals import reject
-from infra.bundle_store import read_manifest
+from infra.bundle_store import claim_fingerprint, find_by_fingerprint, read_manifest
 from infra.garbage import collect_garbage
 from infra.object_store import ObjectStore
 from infra.publishing import promote, publish, rollback
 from infra.records import manifest_key
+from infra.serving_record import note_serving
 from infra.supply_chain.release_file import parse_description, read_description
 
 pytestmark = pytest.mark.integration
+
+SET = "5e" * 32
+"""Fingerprint of an adapter set."""
 
 
 @pytest.fixture
@@ -89,6 +94,58 @@ def test_the_newest_versions_stay(alone):
     ids = [release(alone, seed) for seed in range(4)]
     assert collect(alone, versions=4).blobs == 0
     assert files(alone, ids[0]) <= blobs(alone)
+
+
+def test_what_was_made_of_the_adapters_that_serve_stays(alone):
+    """They are what they were some versions ago; a set of fewer tasks is another set."""
+    ids = [release(alone, seed) for seed in range(4)]
+    base, made_of = "tests/tiny", read_manifest(alone.store, alone.name, ids[0]).adapters
+    for task, digest in made_of.items():
+        note_serving(alone.store, base, task, digest)
+    assert set(collect(alone).dropped_bundles) == {f"{alone.name}/{ids[1]}"}
+    assert files(alone, ids[0]) <= blobs(alone)
+    note_serving(alone.store, base, "b", read_manifest(alone.store, alone.name, ids[3]).adapters["b"])
+    assert f"{alone.name}/{ids[0]}" in collect(alone).dropped_bundles
+
+
+def test_a_set_that_comes_back_has_no_bundle_once_its_files_were_collected(alone):
+    """So it is merged again: to the same bundle, which a rollback then makes live."""
+    ids = [release(alone, seed) for seed in range(4)]
+    assert claim_fingerprint(alone.store, alone.name, SET, ids[0]) == ids[0]
+    assert find_by_fingerprint(alone.store, alone.name, SET) == ids[0]
+    collect(alone)
+    assert find_by_fingerprint(alone.store, alone.name, SET) is None
+    assert alone.merged(0) == ids[0]
+    assert claim_fingerprint(alone.store, alone.name, SET, ids[0]) == ids[0]
+    assert find_by_fingerprint(alone.store, alone.name, SET) == ids[0]
+    assert rollback(alone.store, alone.name, "stable", alone.trusted, to=1).live_bundle_id == ids[0]
+
+
+def test_a_merge_that_gives_another_bundle_replaces_a_collected_one(alone):
+    """As one onto a newer shared part does: it is approved and released like any other. One of many wins."""
+    ids = [release(alone, seed) for seed in range(4)]
+    claim_fingerprint(alone.store, alone.name, SET, ids[0])
+    collect(alone)
+    new = [alone.approved(seed) for seed in (10, 11, 12)]
+    with ThreadPoolExecutor(3) as pool:
+        won = set(pool.map(lambda one: claim_fingerprint(alone.store, alone.name, SET, one), new))
+    (chosen,) = won
+    assert chosen in new
+    alone.merged(0)  # whole again, and too late
+    assert claim_fingerprint(alone.store, alone.name, SET, ids[0]) == chosen
+    assert find_by_fingerprint(alone.store, alone.name, SET) == chosen
+    published = publish(alone.store, alone.name, chosen, "stable", alone.trusted)
+    assert (published.live_bundle_id, published.live_version) == (chosen, 5)
+
+
+def test_a_rejected_bundle_stays_the_answer_for_its_set(alone):
+    """A no is final: collecting the files must not have the set merged and offered again."""
+    refused = alone.judged(11)[0]
+    claim_fingerprint(alone.store, alone.name, SET, refused)
+    reject(alone.store, alone.name, refused, "bo", "no")
+    assert collect(alone).blobs > 0
+    assert find_by_fingerprint(alone.store, alone.name, SET) == refused
+    assert claim_fingerprint(alone.store, alone.name, SET, alone.merged(12)) == refused
 
 
 def test_what_is_young_stays(alone):

@@ -30,7 +30,9 @@ def wanted(monkeypatch):
     def make(spec: BundleSpec, versions: list[AdapterVersion]) -> DesiredSet:
         by_task = {one.task: one for one in versions}
         monkeypatch.setattr(
-            desired, "load_adapter_version", lambda _store, _base, task, _digest: by_task[task]
+            desired,
+            "load_adapter_versions",
+            lambda _store, _base, digests: {one: by_task[one] for one in digests},
         )
         return desired._desired(None, spec, {task: one.digest for task, one in by_task.items()})
 

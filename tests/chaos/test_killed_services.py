@@ -7,6 +7,7 @@ acknowledged with exit code 0 must be there afterwards, and what failed must hav
 from __future__ import annotations
 
 import itertools
+import random
 import threading
 import time
 
@@ -25,39 +26,41 @@ from infra.settings import Settings
 pytestmark = pytest.mark.integration
 
 
-def cases(*, everything: bool, chance) -> list[tuple[str, ...]]:
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Everyone alone and in pairs; or one pair, since each case takes most of a minute."""
+    if "victims" not in metafunc.fixturenames:
+        return
     pairs = list(itertools.combinations(VICTIMS, 2))
-    if everything:
-        return [(one,) for one in VICTIMS] + pairs
-    return [chance.choice(pairs)]
+    cases = [(one,) for one in VICTIMS] + pairs
+    if not metafunc.config.getoption("--chaos-long"):
+        cases = [random.Random(metafunc.config.getoption("--chaos-seed")).choice(pairs)]
+    metafunc.parametrize("victims", cases, ids=["-and-".join(case) for case in cases])
 
 
-def test_killed_while_a_change_goes_through(office, chance, long_form):
-    for victims in cases(everything=long_form, chance=chance):
-        strike = draw(victims, office.lasts, chance)
-        print(f"\n{strike}", flush=True)
-        before = check_store(office.store(), "tiny", approvers_of(office.home, "tiny"))
-        change = Change(office, office.next_adapter())
-        striker = Striker(office.home, strike)
+def test_killed_while_a_change_goes_through(office, chance, victims):
+    strike = draw(victims, office.lasts, chance)
+    print(f"\n{strike}", flush=True)
+    before = check_store(office.store(), "tiny", approvers_of(office.home, "tiny"))
+    change = Change(office, office.next_adapter())
+    striker = Striker(office.home, strike)
 
-        def go(change=change, striker=striker) -> None:
-            try:
-                change.run(striker.enters)
-            finally:
-                striker.change_is_over()
+    def go() -> None:
+        try:
+            change.run(striker.enters)
+        finally:
+            striker.change_is_over()
 
-        going = threading.Thread(target=go)
-        going.start()
-        striker.wait()
-        recovered = recover(office)
-        going.join()
-        office.measured.append(f"{strike}: {recovered}")
-        print(f"{recovered}; acknowledged {sorted(change.done)}, failed {change.failed}", flush=True)
+    going = threading.Thread(target=go)
+    going.start()
+    striker.wait()
+    recovered = recover(office)
+    going.join()
+    office.measured.append(f"{strike}: {recovered}")
+    print(f"{recovered}; acknowledged {sorted(change.done)}, failed {change.failed}", flush=True)
 
-        check_failure(change)
-        check_kept(office, change)
-        finish(office, change, before.version)
+    check_failure(change)
+    check_kept(office, change)
+    finish(office, change, before.version)
 
 
 def recover(office: Office) -> str:

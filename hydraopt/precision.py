@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -61,6 +62,7 @@ def core_bits(bits: int) -> int:
     return _CORE_BITS[bits]
 
 
+@lru_cache(maxsize=4096)
 def vector_bytes(length: int, bits: int) -> int:
     """Bytes of one stored vector of ``length`` numbers, its scales included."""
     if bits >= 16:

@@ -63,27 +63,28 @@ class TensorFile:
     def __init__(self, path: Path, error: type[HydraoptError]) -> None:
         self.path = path
         self._error = error
-        self.entries = _read_header(path, error)
+        self.head, self.entries = _read_header(path, error)
 
     def read(self, name: str) -> Tensor:
         """The tensor ``name``, on the CPU, in the file's dtype, in memory of its own."""
         entry = self.entries[name]
         if entry.size == 0:
             return torch.empty(entry.shape, dtype=entry.dtype)
-        buffer = bytearray(entry.size)
+        buffer = torch.empty(entry.size, dtype=torch.uint8)
         with self.path.open("rb", buffering=0) as file:
             file.seek(entry.begin)
             got = 0
-            view = memoryview(buffer)
+            view = buffer.numpy().data
             while got < entry.size:
                 count = file.readinto(view[got:])
                 if not count:
                     raise self._error(f"{self.path}: the file was cut short while {name!r} was read")
                 got += count
-        return torch.frombuffer(buffer, dtype=entry.dtype).view(entry.shape)
+        return buffer.view(entry.dtype).view(entry.shape)
 
 
-def _read_header(path: Path, error: type[HydraoptError]) -> dict[str, TensorEntry]:
+def _read_header(path: Path, error: type[HydraoptError]) -> tuple[bytes, dict[str, TensorEntry]]:
+    """The bytes before the tensors, and where each of these lies."""
     if not path.is_file():
         raise error(f"{path}: no such file")
     size = path.stat().st_size
@@ -109,7 +110,9 @@ def _read_header(path: Path, error: type[HydraoptError]) -> dict[str, TensorEntr
         raise error(f"{path}: not a whole safetensors file ({reason}). {_SAVE_AGAIN}") from reason
     entries = parse_object(header, f"{path}: its header", error)
     entries.pop("__metadata__", None)
-    return {name: _entry(path, name, value, 8 + length, error) for name, value in sorted(entries.items())}
+    return start + header, {
+        name: _entry(path, name, value, 8 + length, error) for name, value in sorted(entries.items())
+    }
 
 
 _SAVE_AGAIN = "Save it again with `save_pretrained(..., safe_serialization=True)`."

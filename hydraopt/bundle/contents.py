@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -14,22 +14,23 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from hydraopt.adapters.tensor_file import TensorFile
 from hydraopt.bundle.chains import chain_of, links_of
 from hydraopt.bundle.layout import (
     FACTORS_TENSOR,
     MANIFEST_FILE,
     SHARED_FILE,
     SHARED_TENSOR,
-    FileEntry,
     Manifest,
     ModuleEntry,
     head_blocks,
+    head_sizes,
     shared_blocks,
     task_file,
 )
 from hydraopt.bundle.manifest_file import read_manifest
+from hydraopt.bundle.saved_file import SavedFile, read_saved
 from hydraopt.bundle.stored_rows import Link, Reader, StoredRows
+from hydraopt.bundle.tensor_bytes import encode
 from hydraopt.bundle.whole_folder import write_file
 from hydraopt.errors import BundleError
 from hydraopt.finite import all_finite
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
+_WRITERS = 4
 _DIGITS_SLACK = 24  # a header gives the length and offsets of the factors in decimal
 
 
@@ -46,27 +48,38 @@ class BundleContents:
     """The numbers of a bundle.
 
     ``shared`` and each of ``heads`` are flat tensors of bytes, see :mod:`hydraopt.bundle.layout`; ``extras`` are
-    whole-layer tensors by their name in the adapter.
+    whole-layer tensors by their name in the adapter. ``kept`` are the files, by their path inside a bundle, that
+    already hold some of it byte for byte.
     """
 
     shared: Tensor
     heads: dict[str, Tensor]
     extras: dict[str, dict[str, Tensor]]
+    kept: Mapping[str, SavedFile] = field(default_factory=dict)
 
-    def encode_shared(self) -> bytes:
-        """The bytes of ``shared.safetensors``."""
-        data: bytes = safetensors.torch.save({SHARED_TENSOR: self.shared})
-        return data
+    def encode_shared(self) -> list[memoryview]:
+        """The bytes of ``shared.safetensors``, in parts."""
+        return encode({SHARED_TENSOR: self.shared})
 
-    def encode_task(self, task: str) -> bytes:
-        """The bytes of one task's file."""
-        data: bytes = safetensors.torch.save({FACTORS_TENSOR: self.heads[task], **self.extras[task]})
-        return data
+    def encode_task(self, task: str) -> list[memoryview]:
+        """The bytes of one task's file, in parts."""
+        return encode({FACTORS_TENSOR: self.heads[task], **self.extras[task]})
 
+    def write(self, folder: Path) -> None:
+        """Write every file into a bundle's empty folder, and wait for the disk."""
+        (folder / "tasks").mkdir(parents=True)
 
-def describe(data: bytes) -> FileEntry:
-    """Digest and length of a file's bytes."""
-    return FileEntry(sha256=hashlib.sha256(data).hexdigest(), bytes=len(data))
+        def write(name: str, task: str | None) -> None:
+            kept = self.kept.get(name)
+            if kept is None or not kept.link(folder / name):
+                parts = self.encode_shared() if task is None else self.encode_task(task)
+                write_file(folder / name, *parts)
+
+        with ThreadPoolExecutor(_WRITERS) as pool:  # while one waits for the disk another one copies
+            jobs = [pool.submit(write, task_file(task), task) for task in self.heads]
+            jobs.append(pool.submit(write, SHARED_FILE, None))
+            for job in jobs:
+                job.result()
 
 
 def container_bytes(extras: Mapping[str, Mapping[str, Tensor]]) -> int:
@@ -87,6 +100,7 @@ class Bundle:
         self.manifest = manifest
         self.contents = contents
         self.warnings = warnings
+        self.files: Mapping[str, SavedFile] = {}  # what it was loaded from, by path inside the bundle
 
     def __repr__(self) -> str:
         return f"Bundle({self.id[:12]}, {len(self.task_names)} tasks, storage_ratio={self.storage_ratio:.4f})"
@@ -212,10 +226,7 @@ class Bundle:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
             fresh = Path(temporary) / "new"
-            (fresh / "tasks").mkdir(parents=True)
-            write_file(fresh / SHARED_FILE, self.contents.encode_shared())
-            for task in self.task_names:
-                write_file(fresh / task_file(task), self.contents.encode_task(task))
+            self.contents.write(fresh)
             write_file(fresh / MANIFEST_FILE, self.manifest.canonical())
             if path.exists():  # a folder cannot replace a non-empty one: move the old one aside first
                 path.rename(Path(temporary) / "old")
@@ -231,16 +242,26 @@ class Bundle:
         """
         path = Path(path)
         manifest = read_manifest(path)
-        shared = _read_file(path, SHARED_FILE, manifest.shared)
-        heads: dict[str, Tensor] = {}
-        extras: dict[str, dict[str, Tensor]] = {}
-        for task, entry in sorted(manifest.tasks.items()):
-            tensors = _read_file(path, task_file(task), entry.file)
-            heads[task] = _take(tensors, FACTORS_TENSOR, path / task_file(task))
-            extras[task] = tensors
-        contents = BundleContents(_take(shared, SHARED_TENSOR, path / SHARED_FILE), heads, extras)
+        entries = manifest.files()
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            read = dict(
+                zip(
+                    entries,
+                    pool.map(lambda name: read_saved(path, name, entries[name]), entries),
+                    strict=True,
+                )
+            )
+        tensors = {name: found for name, (found, _) in read.items()}
+        files = {task: task_file(task) for task in manifest.task_names}
+        contents = BundleContents(
+            _take(tensors[SHARED_FILE], SHARED_TENSOR, path / SHARED_FILE),
+            {task: _take(tensors[name], FACTORS_TENSOR, path / name) for task, name in files.items()},
+            {task: tensors[name] for task, name in files.items()},
+        )
         _check_sizes(path, manifest, contents)
-        return cls(manifest, contents)
+        bundle = cls(manifest, contents)
+        bundle.files = {name: file for name, (_, file) in read.items()}
+        return bundle
 
     def attach(self, base_model: PreTrainedModel, *, packed: bool = False) -> PeftModel:
         """The base model with one PEFT adapter per task; see :func:`hydraopt.bundle.attach.attach`."""
@@ -290,20 +311,6 @@ def _finite_parts(bundle: Bundle) -> Iterator[tuple[str, bool]]:
                 yield f"{task_file(task)}:{name}", all_finite(extra)
 
 
-def _read_file(path: Path, name: str, entry: FileEntry) -> dict[str, Tensor]:
-    file = path / name
-    if not file.is_file():
-        raise BundleError(f"{path}: {name} is missing")
-    with file.open("rb") as handle:
-        digest = hashlib.file_digest(handle, "sha256").hexdigest()
-    if digest != entry.sha256:
-        raise BundleError(
-            f"{file}: SHA-256 is {digest}, but the manifest says {entry.sha256}; fetch the bundle again"
-        )
-    tensors = TensorFile(file, BundleError)
-    return {name: tensors.read(name) for name in tensors.entries}
-
-
 def _take(tensors: dict[str, Tensor], name: str, file: Path) -> Tensor:
     if name not in tensors:
         raise BundleError(f"{file}: tensor {name!r} is missing")
@@ -313,12 +320,10 @@ def _take(tensors: dict[str, Tensor], name: str, file: Path) -> Tensor:
 def _check_sizes(path: Path, manifest: Manifest, contents: BundleContents) -> None:
     bits = manifest.precisions
     shared = sum(block.bytes for module in manifest.modules for block in shared_blocks(module, bits))
+    heads = [head_sizes(module, bits) for module in manifest.modules]
     wanted = {SHARED_FILE: (contents.shared, shared)}
     for index, task in enumerate(manifest.task_names):
-        blocks = [
-            block for module in manifest.modules for block in head_blocks(module, module.heads[index], bits)
-        ]
-        wanted[task_file(task)] = (contents.heads[task], sum(block.bytes for block in blocks))
+        wanted[task_file(task)] = (contents.heads[task], sum(sizes[index] for sizes in heads))
     for name, (tensor, length) in wanted.items():
         if tensor.shape != (length,) or tensor.dtype != torch.uint8:
             raise BundleError(

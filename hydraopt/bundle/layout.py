@@ -26,6 +26,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import mul
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -195,18 +196,38 @@ def head_blocks(module: ModuleEntry, counts: Counts | None, precisions: Sequence
     """What the module stores in the file of a task with these counts, in storage order."""
     if counts is None or module.groups:
         return []
-    d_out, d_in = module.shape
     if module.family == "dense-heads":
         return _dense_head(module, counts, precisions)
-    shared = [sum(part) for part in module.shared]
-    long, short = {
+    long, short = _head_lengths(module)
+    blocks = [_block(length, counts, precisions) for length in long]
+    return blocks + [_block(length, counts, [core_bits(bits) for bits in precisions]) for length in short]
+
+
+def head_sizes(module: ModuleEntry, precisions: Sequence[int]) -> list[int]:
+    """Bytes the module stores in the file of each task: those of its :func:`head_blocks`."""
+    if module.family == "dense-heads" or module.groups:
+        return [
+            sum(block.bytes for block in head_blocks(module, counts, precisions)) for counts in module.heads
+        ]
+    long, short = _head_lengths(module)
+    widths = [
+        sum(vector_bytes(length, bits) for length in long)
+        + sum(vector_bytes(length, core_bits(bits)) for length in short)
+        for bits in precisions
+    ]
+    return [sum(map(mul, counts or (), widths)) for counts in module.heads]
+
+
+def _head_lengths(module: ModuleEntry) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Lengths of the vectors of a direction: those at its own precision, and those of small factors."""
+    d_out, d_in = module.shape
+    shared = tuple(sum(part) for part in module.shared)
+    return {
         "separate": ((d_out, d_in), ()),
         "shared-a": ((d_out,), shared),
         "shared-b": ((d_in,), shared),
         "two-sided": (shared[1:], shared[:1]),
     }[module.family]
-    blocks = [_block(length, counts, precisions) for length in long]
-    return blocks + [_block(length, counts, [core_bits(bits) for bits in precisions]) for length in short]
 
 
 def _block(length: int, counts: Counts, precisions: Sequence[int]) -> Block:

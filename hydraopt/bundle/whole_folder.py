@@ -11,10 +11,11 @@ from pathlib import Path
 from hydraopt.errors import BundleError
 
 
-def write_file(file: Path, data: bytes) -> None:
-    """Write a file and wait for the disk."""
+def write_file(file: Path, *parts: bytes | memoryview) -> None:
+    """Write a file's bytes, one part after the other, and wait for the disk."""
     with file.open("wb") as handle:
-        handle.write(data)
+        for part in parts:
+            handle.write(part)
         handle.flush()
         os.fsync(handle.fileno())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from hydraopt.adapters import Adapter
 from hydraopt.adapters.module import AdapterModule
-from hydraopt.bundle.contents import Bundle, BundleContents, container_bytes, describe
+from hydraopt.bundle.contents import Bundle, BundleContents, container_bytes
 from hydraopt.bundle.layout import (
     SCHEMA,
     BaseModelEntry,
@@ -22,9 +23,10 @@ from hydraopt.bundle.layout import (
     ModuleEntry,
     TaskEntry,
     canonical_json,
-    head_blocks,
+    head_sizes,
     shared_blocks,
 )
+from hydraopt.bundle.tensor_bytes import describe
 from hydraopt.merging.option import Choice, StoredModule
 from hydraopt.merging.recipe import SOLVER_VERSION, Recipe
 
@@ -244,25 +246,21 @@ class Assembly:
             errors: Of the tasks.
             digests: Of the adapters.
         """
-        return {
-            task: self._task_entry(
-                task, digests[task], describe(contents.encode_task(task)), errors.relative(task)
-            )
-            for task in self.tasks
-        }
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            files = pool.map(lambda task: describe(contents.encode_task(task)), self.tasks)
+            return {
+                task: self._task_entry(task, digests[task], file, errors.relative(task))
+                for task, file in zip(self.tasks, files, strict=True)
+            }
 
     def flats(
         self, entries: Sequence[ModuleEntry], stored: Iterable[StoredModule]
     ) -> tuple[Tensor, dict[str, Tensor], Errors]:
         """The shared part, the tasks' heads, each as a flat tensor of bytes, and the tasks' errors."""
         bits = self.recipe.precisions
-        shared = _Flat(block.bytes for entry in entries for block in shared_blocks(entry, bits))
-        heads = {
-            task: _Flat(
-                block.bytes for entry in entries for block in head_blocks(entry, entry.heads[k], bits)
-            )
-            for k, task in enumerate(self.tasks)
-        }
+        shared = _Flat(sum(block.bytes for entry in entries for block in shared_blocks(entry, bits)))
+        sizes = [head_sizes(entry, bits) for entry in entries]
+        heads = {task: _Flat(sum(one[k] for one in sizes)) for k, task in enumerate(self.tasks)}
         errors = Errors(dict.fromkeys(self.tasks, 0.0), dict.fromkeys(self.tasks, 0.0))
         for module in stored:
             shared.append(module.shared)
@@ -275,8 +273,8 @@ class Assembly:
 class _Flat:
     """Bytes written one block after the other into a tensor whose size is known beforehand."""
 
-    def __init__(self, sizes: Iterable[int]) -> None:
-        self._flat = torch.empty(sum(sizes), dtype=torch.uint8)
+    def __init__(self, size: int) -> None:
+        self._flat = torch.empty(size, dtype=torch.uint8)
         self._filled = 0
 
     def append(self, blocks: Iterable[Tensor]) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from hydraopt.adapters import Adapter
 from hydraopt.bundle.contents import Bundle, BundleContents, container_bytes
-from hydraopt.bundle.layout import Manifest, ModuleEntry, TaskEntry
+from hydraopt.bundle.layout import SHARED_FILE, Manifest, ModuleEntry, TaskEntry, task_file
 from hydraopt.errors import BudgetError
 from hydraopt.merging.assembly import Assembly
 from hydraopt.merging.budget import (
@@ -119,10 +119,12 @@ class KeepingRun:
             for entry in self.assembly.entries(choices)
         ]
         _, heads, errors = self.assembly.flats(entries, self._build(choices))
+        kept = {SHARED_FILE, *map(task_file, self.kept)}
         contents = BundleContents(
             self.former.contents.shared,
             {task: self.former.contents.heads[task] for task in self.kept} | heads,
             {task: self.former.contents.extras[task] for task in self.kept} | self.assembly.extras,
+            {name: file for name, file in self.former.files.items() if name in kept},
         )
         fresh = self.assembly.task_entries(contents, errors, self.digests)
         manifest = self._manifest(entries, fresh)

@@ -255,7 +255,7 @@ def test_a_manifest_of_another_version_is_refused(saved, version, way_out):
 def test_values_that_are_not_finite_are_noticed_even_with_right_digests(workshop):
     bundle = hydraopt.merge({"a": workshop.adapter("a")}, budget=1.0)
     bundle.contents.heads["a"][6:8] = torch.tensor([0xC0, 0x7F], dtype=torch.uint8)  # NaN as a bfloat16
-    from hydraopt.bundle.contents import describe
+    from hydraopt.bundle.tensor_bytes import describe
 
     entry = bundle.manifest.tasks["a"].model_copy(update={"file": describe(bundle.contents.encode_task("a"))})
     bundle.manifest = bundle.manifest.model_copy(update={"tasks": {"a": entry}})

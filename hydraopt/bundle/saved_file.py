@@ -1,0 +1,79 @@
+"""A bundle's file on the disk: read and checked in one pass, and linked into another bundle that keeps it.
+
+A merge that keeps tasks of a former bundle writes nothing of their files: the new folder gets another name for the
+same bytes (a hard link). That is safe for two reasons. The link is made only to the file whose digest was checked when
+the former bundle was loaded, in the same process: another inode, size or time of change means that the bytes in
+memory are written instead, as on file systems that cannot link. And no bundle is trusted for its path: every load
+compares every file with the manifest's digest, so bytes that somebody changes in place, in either folder, are refused
+in both.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hydraopt.adapters.tensor_file import TensorFile
+from hydraopt.bundle.layout import FileEntry
+from hydraopt.errors import BundleError
+
+
+@dataclass(frozen=True)
+class SavedFile:
+    """A file whose digest was right when it was read, and how to tell that it is still that one."""
+
+    path: Path
+    state: tuple[int, int, int, int]  # device, inode, bytes, time of the last change in ns
+
+    def link(self, target: Path) -> bool:
+        """Give the file another name; False, and nothing done, where it is another one by now or cannot be linked."""
+        try:
+            os.link(self.path, target, follow_symlinks=False)
+        except OSError:
+            return False
+        if _state(target.lstat()) == self.state:
+            return True
+        target.unlink()
+        return False
+
+
+def read_saved(folder: Path, name: str, entry: FileEntry) -> tuple[dict[str, Tensor], SavedFile]:
+    """The tensors of a bundle's file: views of one buffer, whose digest was compared with the manifest's.
+
+    Raises:
+        BundleError: If the file is missing, damaged, or no safetensors file.
+    """
+    file = folder / name
+    if not file.is_file():
+        raise BundleError(f"{folder}: {name} is missing")
+    with file.open("rb", buffering=0) as handle:
+        before = os.fstat(handle.fileno())
+        data = torch.empty(before.st_size, dtype=torch.uint8)
+        view, got = data.numpy().data, 0
+        while got < before.st_size and (count := handle.readinto(view[got:])):
+            got += count
+        state = _state(os.fstat(handle.fileno()))
+    digest = hashlib.sha256(view[:got]).hexdigest()
+    if digest != entry.sha256:
+        raise BundleError(
+            f"{file}: SHA-256 is {digest}, but the manifest says {entry.sha256}; fetch the bundle again"
+        )
+    tensors = TensorFile(file, BundleError)
+    if bytes(view[: len(tensors.head)]) != tensors.head:
+        raise BundleError(f"{file}: the file was changed while it was read; load the bundle again")
+    found = {}
+    for key, one in tensors.entries.items():
+        part = data[one.begin : one.begin + one.size]
+        if one.begin % one.dtype.itemsize:  # no writer of today does that
+            part = part.clone()
+        found[key] = part.view(one.dtype).view(one.shape)
+    return found, SavedFile(file, state)
+
+
+def _state(status: os.stat_result) -> tuple[int, int, int, int]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

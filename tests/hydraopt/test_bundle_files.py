@@ -1,0 +1,85 @@
+"""A bundle's files: the bytes are the library's own, and kept ones are linked only while they are what was read."""
+
+from __future__ import annotations
+
+import pytest
+import safetensors.torch
+import torch
+
+import hydraopt
+from hydraopt.bundle.layout import SHARED_FILE, task_file
+from hydraopt.bundle.tensor_bytes import describe, encode
+from hydraopt.errors import BundleError
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"factors": torch.arange(13, dtype=torch.uint8)},
+        {"factors": torch.empty(0, dtype=torch.uint8)},
+        {
+            "factors": torch.arange(7, dtype=torch.uint8),
+            "b.weight": torch.randn(3, 5).bfloat16(),
+            "a.weight": torch.randn(2, 3, 1),
+            'größe "x"\n': torch.randn(4, dtype=torch.float64),
+            "transposed": torch.randn(3, 5).half().mT,
+            "none": torch.empty(0, 4),
+            "count": torch.tensor(3),
+            "flag": torch.tensor([True, False, True]),
+        },
+    ],
+)
+def test_parts_are_the_bytes_the_library_writes(tensors):
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    parts = encode(tensors)
+    assert b"".join(parts) == safetensors.torch.save(contiguous)
+    assert describe(parts).bytes == len(safetensors.torch.save(contiguous))
+
+
+@pytest.fixture
+def kept(workshop, tmp_path):
+    """A saved bundle of three tasks, and the merge that keeps all but the first, not saved yet."""
+    folders = {f"t{i}": workshop.adapter(f"t{i}", seed=i) for i in range(3)}
+    before = hydraopt.merge(folders, budget=0.9).save(tmp_path / "before")
+    return before, hydraopt.merge(folders | {"t0": workshop.adapter("new", seed=9)}, keep_shared=before)
+
+
+def inodes(folder):
+    return {
+        name: (folder / name).stat().st_ino for name in (SHARED_FILE, *map(task_file, ("t0", "t1", "t2")))
+    }
+
+
+def test_kept_files_are_links_to_the_same_bytes(kept, tmp_path):
+    before, bundle = kept
+    after = bundle.save(tmp_path / "after")
+    same = {name for name, inode in inodes(after).items() if inode == inodes(before)[name]}
+    assert same == {SHARED_FILE, task_file("t1"), task_file("t2")}
+    hydraopt.verify(after)
+    bundle.save(before)  # in place of the former, too
+    assert hydraopt.verify(before).id == bundle.id
+
+
+@pytest.mark.parametrize("change", ["in place", "replaced", "removed"])
+def test_a_file_that_is_no_longer_the_one_that_was_read_is_not_linked(kept, tmp_path, change):
+    before, bundle = kept
+    file = before / task_file("t1")
+    if change == "in place":
+        file.write_bytes(b"x" * file.stat().st_size)
+    else:
+        file.unlink()
+        if change == "replaced":
+            file.write_bytes(b"something else")
+    after = bundle.save(tmp_path / "after")
+    assert hydraopt.verify(after).id == bundle.id
+    assert not file.exists() or file.stat().st_ino != inodes(after)[task_file("t1")]
+
+
+def test_bytes_changed_behind_a_link_are_refused_in_both_bundles(kept, tmp_path):
+    before, bundle = kept
+    after = bundle.save(tmp_path / "after")
+    file = before / task_file("t1")
+    file.write_bytes(b"x" * file.stat().st_size)
+    for folder in (before, after):
+        with pytest.raises(BundleError, match="SHA-256"):
+            hydraopt.Bundle.load(folder)

@@ -134,6 +134,13 @@ class TrainingSettings(_Strict):
     seed: int = Field(0, ge=0, le=2**32 - 1, description="Seed of the row order and of dropout.")
     warmup_ratio: float = Field(0.1, ge=0, lt=1, description="Share of the steps until the highest rate.")
     weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False, description="AdamW's weight decay.")
+    nuclear_decay: float = Field(
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Every step takes this times the learning rate off each singular value of B, so that adapters end "
+        "with a low rank of their own, which merges with less loss. Only with lora.freeze_a.",
+    )
 
 
 class TaskFile(_Strict):
@@ -174,6 +181,11 @@ class TaskFile(_Strict):
         allowed = METRICS_OF_KIND[self.kind]
         if self.metric not in allowed:
             raise ValueError(f"metric {self.metric!r} is not for {self.kind}; use {' or '.join(allowed)}")
+        if self.training.nuclear_decay and not self.lora.freeze_a:
+            raise ValueError(
+                f"training.nuclear_decay {self.training.nuclear_decay:g} is for B alone: an A that is trained, too, "
+                "would take over what B loses; set lora.freeze_a: true, or leave it out"
+            )
         if self.kind == "generation":
             if self.labels:
                 raise ValueError("labels are for classification; a generation task has none")

@@ -43,6 +43,7 @@ from hydraopt.evaluation.rows import Row, rows_digest
 from hydraopt.evaluation.task_file import TaskFile
 from hydraopt.finite import all_finite
 from hydraopt.training.checkpoints import MarkCheckpoints, last_whole_checkpoint, step_of, sync
+from hydraopt.training.nuclear_decay import NuclearDecay
 
 Progress = Callable[[int, int, str], None]
 """Called with (steps done, steps in all, what is being done)."""
@@ -211,6 +212,9 @@ def _trainer(
         callbacks=[MarkCheckpoints(), _Report(task.name, progress)],
     )
     trainer.remove_callback(PrinterCallback)
+    if settings.nuclear_decay:
+        # Before a checkpoint is written: what a resumed run reads has been lowered.
+        trainer.add_callback(NuclearDecay(settings.nuclear_decay))
     return trainer
 
 

@@ -50,7 +50,13 @@ def main() -> None:
     folders: dict[AdapterSet, dict[str, Path]] = {}
     tasks: dict[str, TaskFile] = {}
     for adapters in adapter_sets(arguments.seeds, arguments.own_init_seeds):
-        tasks = write_task_files(work, adapters, arguments.examples, freeze_a=arguments.freeze_a)
+        tasks = write_task_files(
+            work,
+            adapters,
+            arguments.examples,
+            freeze_a=arguments.freeze_a,
+            nuclear_decay=arguments.nuclear_decay,
+        )
         folders[adapters] = train_set(tasks, adapters, work, console)
     if arguments.train_only:
         return
@@ -213,7 +219,10 @@ def _machine() -> str:
 
 
 def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(arguments, name) for name in ("examples", "freeze_a", "train_rows", "test_rows")}
+    return {
+        name: getattr(arguments, name)
+        for name in ("examples", "freeze_a", "nuclear_decay", "train_rows", "test_rows")
+    }
 
 
 def _arguments() -> argparse.Namespace:
@@ -235,6 +244,12 @@ def _arguments() -> argparse.Namespace:
         "--freeze-a",
         action="store_true",
         help="Train B alone: all tasks of a set keep one A. Give it its own --work.",
+    )
+    parser.add_argument(
+        "--nuclear-decay",
+        type=float,
+        default=0.0,
+        help="`training.nuclear_decay` of the task files; needs --freeze-a. RESULTS.md has 4.",
     )
     parser.add_argument("--train-rows", type=int, help="Training rows per task at most; default all.")
     parser.add_argument("--test-rows", type=int, help="Test rows per task at most; default all.")

@@ -25,6 +25,8 @@ TRAINING = {"batch_size": 8, "learning_rate": 0.0005}
 """Of 2e-3, 1e-3 and 5e-4 this rate was the best on the validation rows of the two tasks tried."""
 RATE_OF_B_ALONE = 0.001
 """For adapters whose A stays where it started."""
+RATE_WITH_DECAY = 0.002
+"""For those whose singular values decay, too, which slows them down."""
 
 
 @dataclass(frozen=True)
@@ -191,7 +193,7 @@ def spread(rows: list[Any], limit: int | None) -> list[Any]:
 
 
 def write_task_files(
-    work: Path, adapters: AdapterSet, examples: int, *, freeze_a: bool
+    work: Path, adapters: AdapterSet, examples: int, *, freeze_a: bool, nuclear_decay: float
 ) -> dict[str, TaskFile]:
     """Write the task files of one set below ``work/<set>/tasks`` and load them.
 
@@ -199,7 +201,9 @@ def write_task_files(
     """
     folder = work / adapters.name / "tasks"
     lora = {**LORA, "freeze_a": freeze_a}
-    training = TRAINING | ({"learning_rate": RATE_OF_B_ALONE} if freeze_a else {})
+    training = {**TRAINING, "nuclear_decay": nuclear_decay}
+    if freeze_a:
+        training["learning_rate"] = RATE_WITH_DECAY if nuclear_decay else RATE_OF_B_ALONE
     folder.mkdir(parents=True, exist_ok=True)
     for name in TASKS:
         rows = work / "rows" / name

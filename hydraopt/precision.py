@@ -24,6 +24,10 @@ from hydraopt.finite import all_finite
 GROUP = 128
 """Numbers that share a scale."""
 
+_CACHED = 1 << 20
+"""Numbers that are encoded at once: four megabytes in float32 stay in a processor's last cache from step to step, and
+calls for less cost more than that saves."""
+
 _FIELDS = {8: (8,), 6: (4, 2), 4: (4,), 3: (2, 1), 2: (2,)}
 """A code is packed in fields of 8, 4, 2 or 1 bits, none of which crosses a byte."""
 
@@ -82,6 +86,18 @@ def encode(vectors: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tens
         (count, ``vector_bytes(length, bits)``) in uint8, on the CPU; and (count, length) in the dtype and on the device
         of ``vectors``.
     """
+    pieces = [_encode_few(piece, bits, dtype) for piece in vectors.split(_at_once(vectors.shape[1]))]
+    data, decoded = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+    return data, decoded
+
+
+def _at_once(length: int) -> int:
+    """Vectors to encode together: so few that a processor's cache holds them, so many that calls cost little."""
+    return max(1, _CACHED // max(length, 1))
+
+
+def _encode_few(vectors: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """:func:`encode`, all vectors at once."""
     count, length = vectors.shape
     if bits >= 16:
         stored = vectors.to(dtype).contiguous()
@@ -96,7 +112,9 @@ def encode(vectors: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tens
     scales = (largest * (precision.clip / precision.half)).bfloat16()
     wide = scales.float()
     levels = grouped * torch.where(wide > 0, wide.reciprocal(), 0.0)
-    codes = levels.add_(precision.half + 0.5).clamp_(0, 2**bits - 0.5).to(torch.uint8)
+    levels.add_(precision.half + 0.5).clamp_(0, 2**bits - 0.5)
+    # Processors turn floats into signed integers, not into unsigned ones; eight bits need a wider one.
+    codes = levels.to(torch.int16).to(torch.uint8) if bits == 8 else levels.to(torch.int8).view(torch.uint8)
     decoded = levels.copy_(codes).sub_(precision.half).mul_(wide).flatten(1)[:, :length]
     codes = codes.flatten(1)[:, :length]
     parts = [_pack(codes, shift, field, bits) for shift, field in _shifts(bits)]
@@ -160,7 +178,7 @@ def encode_ragged(
     """Encode the vectors of many heads, each at a precision of its own.
 
     Args:
-        vectors: (K, P, length).
+        vectors: (K, P, length); overwritten.
         levels: (K, P): index into ``bits``, ascending along P; -1 for a vector that is not stored.
         bits: Precisions, finest first.
         dtype: Float dtype for 16 and 32 bits.
@@ -170,23 +188,26 @@ def encode_ragged(
         (K, P, length) in the dtype and on the device of ``vectors``, zero where nothing is stored.
     """
     heads, _, length = vectors.shape
-    stored: list[list[Tensor]] = [[] for _ in range(heads)]
-    if levels.size and levels.min() == levels.max() >= 0:  # nothing to gather or scatter
-        data, decoded = encode(vectors.reshape(-1, length), bits[int(levels[0, 0])], dtype)
-        return [[block] for block in torch.split(data, levels.shape[1])], decoded.view(vectors.shape)
     flat = vectors.reshape(-1, length)
-    decoded = torch.zeros_like(flat)
+    stored: list[list[Tensor]] = [[] for _ in range(heads)]
     for index, precision in enumerate(bits):
         mask = levels == index
-        if not mask.any():
-            continue
         places = torch.from_numpy(np.flatnonzero(mask)).to(vectors.device)
-        data, read_back = encode(flat.index_select(0, places), precision, dtype)
-        decoded.index_copy_(0, places, read_back)
+        if not len(places):
+            continue
+        data = torch.empty(len(places), vector_bytes(length, precision), dtype=torch.uint8)
+        few = _at_once(length)
+        for piece, target in zip(places.split(few), data.split(few), strict=True):
+            encoded, read_back = _encode_few(flat.index_select(0, piece), precision, dtype)
+            target.copy_(encoded)
+            flat.index_copy_(0, piece, read_back)
         for blocks, block in zip(stored, torch.split(data, mask.sum(axis=1).tolist()), strict=True):
             if block.shape[0]:
                 blocks.append(block)
-    return stored, decoded.view(vectors.shape)
+    left_out = np.flatnonzero(levels < 0)
+    if len(left_out):
+        flat.index_fill_(0, torch.from_numpy(left_out).to(vectors.device), 0.0)
+    return stored, flat.view(vectors.shape)
 
 
 def _groups(length: int) -> int:
@@ -217,8 +238,9 @@ def _pack(codes: Tensor, shift: int, field: int, bits: int) -> Tensor:
     if part.shape[1] % per_byte or part.shape[1] == 0:
         part = torch.nn.functional.pad(part, (0, -part.shape[1] % per_byte))
     wide = part.contiguous().view(_WIDE[field])
-    packed = wide.clone()
-    for place in range(1, per_byte):  # the code in byte `place` moves down to bit `field * place`
+    packed = wide >> (8 - field)  # the code in byte 1 of each integer moves down to bit `field`
+    packed |= wide
+    for place in range(2, per_byte):
         packed |= wide >> ((8 - field) * place)
     return packed.to(torch.uint8)
 

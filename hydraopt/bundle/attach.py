@@ -19,6 +19,7 @@ from hydraopt.bundle.attach_vera import attach_vera
 from hydraopt.bundle.chains import Chain, pair
 from hydraopt.bundle.contents import Bundle
 from hydraopt.bundle.lora_folder import lora_chains, lora_settings
+from hydraopt.bundle.stored_rows import read_once
 from hydraopt.errors import BundleError
 
 
@@ -90,9 +91,10 @@ def _attach_lora(bundle: Bundle, base_model: nn.Module) -> PeftModel:
     _check_modules(bundle, base_model)
     _check_replaced(bundle)
     shared_rows = _shared_rows(bundle, base_model)
+    read_shared = read_once()
     model: Any = None
     for task in bundle.task_names:
-        chains = lora_chains(bundle, task)
+        chains = lora_chains(bundle, task, read_shared)
         config = LoraConfig(**lora_settings(bundle, task, chains))
         if model is None:
             model = get_peft_model(base_model, config, adapter_name=task, low_cpu_mem_usage=True)

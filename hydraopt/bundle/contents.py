@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -131,8 +131,14 @@ class Bundle:
         dtype: torch.dtype = getattr(torch, self.manifest.recipe.dtype)
         return dtype
 
-    def factors(self, task: str) -> dict[str, tuple[Tensor, ...]]:
+    def factors(
+        self, task: str, read_shared: Callable[[StoredRows], Tensor] = StoredRows.read
+    ) -> dict[str, tuple[Tensor, ...]]:
         """What the bundle stores of one task, per module, read back from its stored precision.
+
+        Args:
+            task: Its name.
+            read_shared: Reads what tasks share; :func:`hydraopt.bundle.stored_rows.read_once` for many tasks in turn.
 
         Returns:
             Two or three matrices whose product, left to right, is the task's update (d_out, d_in) of the module. Parts
@@ -146,8 +152,11 @@ class Bundle:
         for module, own, common in self._stored(task):
             counts = module.heads[self._index(task)]
             if counts is not None:
+                read_own = (
+                    read_shared if module.groups else StoredRows.read
+                )  # of a group: in the shared file, too
                 chains[module.name] = chain_of(
-                    module, counts, [one.read() for one in own], [one.read() for one in common]
+                    module, counts, [read_own(one) for one in own], [read_shared(one) for one in common]
                 )
         return chains
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from hydraopt.adapters.module import PREFIX
 from hydraopt.bundle.chains import Chain, chain_rank, pair, zero_chain
 from hydraopt.bundle.contents import Bundle
+from hydraopt.bundle.stored_rows import StoredRows
 
 
 class Folder(NamedTuple):
@@ -21,13 +23,15 @@ class Folder(NamedTuple):
     tensors: dict[str, Tensor]
 
 
-def lora_chains(bundle: Bundle, task: str) -> dict[str, Chain]:
-    """The chains of the modules this task changes, none of rank 0.
+def lora_chains(
+    bundle: Bundle, task: str, read_shared: Callable[[StoredRows], Tensor] = StoredRows.read
+) -> dict[str, Chain]:
+    """The chains of the modules this task changes, none of rank 0; ``read_shared`` as in :meth:`Bundle.factors`.
 
     A module of rank 0 is left out, but for DoRA, whose magnitude still acts on it: PEFT cannot hold a rank of 0, so it
     keeps one zero direction. So does a task that changes nothing, as PEFT cannot hold an adapter without a module.
     """
-    chains = bundle.factors(task)
+    chains = bundle.factors(task, read_shared)
     kept = {name: chain for name, chain in chains.items() if chain_rank(chain) > 0}
     keeps_all = bundle.manifest.tasks[task].settings.get("use_dora")
     for name in chains if keeps_all else list(chains)[:1] if not kept else ():

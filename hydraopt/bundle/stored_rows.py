@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +40,21 @@ class StoredRows:
             width = vector_bytes(self.block.length, bits)
             yield self.data[start : start + count * width].view(count, width), bits
             start += count * width
+
+
+def read_once() -> Callable[[StoredRows], Tensor]:
+    """A function that reads like :meth:`StoredRows.read`, and gives the same tensor for the same object again.
+
+    It keeps all it has read: drop it when the last task is read. Nobody may write into the tensors.
+    """
+    known: dict[int, tuple[StoredRows, Tensor]] = {}
+
+    def read(rows: StoredRows) -> Tensor:
+        if id(rows) not in known:
+            known[id(rows)] = rows, rows.read()
+        return known[id(rows)][1]
+
+    return read
 
 
 @dataclass(frozen=True)

@@ -149,7 +149,7 @@ class _RoundedRows(NamedTuple):
 def _rounded_rows(
     problem: ModuleProblem, rows: Tensor, levels: Ints, bits: Sequence[int], dtype: torch.dtype
 ) -> _RoundedRows:
-    stored, decoded = encode_ragged(rows[None].to(problem.downs.dtype), levels[None], bits, dtype)
+    stored, decoded = encode_ragged(rows[None].to(problem.downs.dtype, copy=True), levels[None], bits, dtype)
     (rows,) = decoded
     return _RoundedRows(stored[0], (rows @ rows.mT).double(), (problem.downs @ rows.mT).double())
 

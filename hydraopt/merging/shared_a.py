@@ -48,7 +48,7 @@ def store_rows(
     problem: ModuleProblem, rows: Tensor, levels: Ints, bits: Sequence[int], dtype: torch.dtype
 ) -> SharedRows:
     """Round a shared factor first: whatever is fitted to the rounded one makes up for most of its rounding."""
-    stored, decoded = encode_ragged(rows[None].to(problem.downs.dtype), levels[None], bits, dtype)
+    stored, decoded = encode_ragged(rows[None].to(problem.downs.dtype, copy=True), levels[None], bits, dtype)
     return stored_rows(problem, stored[0], decoded[0])
 
 

@@ -62,7 +62,7 @@ def fit_cores(
     left = torch.linalg.solve_triangular(
         outputs.lower.mT, vectors * root[:, None, :], upper=True
     ).mT  # X: (K, p, q')
-    stored_left, left = encode_ragged(left.contiguous(), levels[:, :width], bits, dtype)
+    stored_left, left = encode_ragged(left, levels[:, :width], bits, dtype)
     up_cross, up_gram = outputs.cross @ left.mT, left @ outputs.gram @ left.mT
     solved = masked_solve(up_gram, up_cross.mT @ inputs.cross, kept[:, :width])
     fine = [core_bits(one) for one in bits]

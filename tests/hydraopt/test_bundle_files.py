@@ -1,4 +1,4 @@
-"""A bundle's files: the bytes are the library's own, and kept ones are linked only while they are what was read."""
+"""A bundle's files: the bytes are the library's own, kept ones are linked while they are what was read."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 
 import hydraopt
 from hydraopt.bundle.layout import SHARED_FILE, task_file
+from hydraopt.bundle.stored_rows import read_once
 from hydraopt.bundle.tensor_bytes import describe, encode
 from hydraopt.errors import BundleError
 
@@ -83,3 +84,15 @@ def test_bytes_changed_behind_a_link_are_refused_in_both_bundles(kept, tmp_path)
     for folder in (before, after):
         with pytest.raises(BundleError, match="SHA-256"):
             hydraopt.Bundle.load(folder)
+
+
+def test_what_tasks_share_can_be_read_once_for_all(workshop):
+    folders = {f"t{i}": workshop.adapter(f"t{i}", seed=i, shared_a=True) for i in range(4)}
+    for heads in (None, 2):  # heads of groups lie in the shared file, too
+        bundle = hydraopt.merge(folders, budget=0.9, method="paper", heads=heads)
+        read = read_once()
+        together = {task: bundle.factors(task, read) for task in folders}
+        for task, chains in together.items():
+            for name, chain in bundle.factors(task).items():
+                assert all(map(torch.equal, chain, chains[name]))
+                assert chains[name][-1] is together["t0"][name][-1]

@@ -87,11 +87,20 @@ def test_zeros_stay_zero():
         assert torch.equal(read_back, torch.zeros(2, 200))
 
 
+@pytest.mark.parametrize("bits", PRECISIONS)
+def test_how_many_are_encoded_at_once_is_irrelevant(bits, monkeypatch):
+    vectors, dtype = gaussian(40, 300), torch.float32 if bits == 32 else torch.bfloat16
+    together = encode(vectors, bits, dtype)
+    monkeypatch.setattr("hydraopt.precision._CACHED", 900)
+    for one, other in zip(encode(vectors, bits, dtype), together, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_vectors_of_many_heads_keep_their_own_precision():
     vectors = gaussian(15, 40).view(3, 5, 40)
     levels = np.array([[0, 0, 1, 2, -1], [-1, -1, -1, -1, -1], [1, 1, 1, 1, 1]])
     bits = (16, 8, 3)
-    stored, read_back = encode_ragged(vectors, levels, bits, torch.bfloat16)
+    stored, read_back = encode_ragged(vectors.clone(), levels, bits, torch.bfloat16)
     for head in range(3):
         for place, level in enumerate(levels[head]):
             expected = torch.zeros(1, 40)

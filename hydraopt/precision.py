@@ -86,7 +86,7 @@ def encode(vectors: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tens
         (count, ``vector_bytes(length, bits)``) in uint8, on the CPU; and (count, length) in the dtype and on the device
         of ``vectors``.
     """
-    pieces = [_encode_few(piece, bits, dtype) for piece in vectors.split(_at_once(vectors.shape[1]))]
+    pieces = [_encode_few(piece, bits, dtype) for piece in torch.split(vectors, _at_once(vectors.shape[1]))]
     data, decoded = (torch.cat(parts) for parts in zip(*pieces, strict=True))
     return data, decoded
 
@@ -197,7 +197,7 @@ def encode_ragged(
             continue
         data = torch.empty(len(places), vector_bytes(length, precision), dtype=torch.uint8)
         few = _at_once(length)
-        for piece, target in zip(places.split(few), data.split(few), strict=True):
+        for piece, target in zip(torch.split(places, few), torch.split(data, few), strict=True):
             encoded, read_back = _encode_few(flat.index_select(0, piece), precision, dtype)
             target.copy_(encoded)
             flat.index_copy_(0, piece, read_back)

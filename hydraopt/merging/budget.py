@@ -122,34 +122,87 @@ class PricedModules:
             sizes += module.bytes[best, columns]
         return errors, sizes
 
+    @cached_property
+    def whole(self) -> _Interval:
+        """All prices, no module settled."""
+        return _Interval(self, tuple(range(len(self.modules))), (), ())
 
-class _Settled:
-    """Options that no narrower price changes any more, added up: parts of the same rates cost as one."""
 
-    def __init__(self) -> None:
-        self._parts: list[Part] = []
-        self._error = 0.0
+class _Interval:
+    """Prices between two of a coarser grid, on a finer one. What was found of it is kept for the next budget.
 
-    def add(self, options: Sequence[Option]) -> None:
-        """Count some more in."""
-        alike: dict[tuple[bytes, bytes, bool], list[Part]] = {}
-        for option in options:
-            self._error += option.base_error
-            for part in option.parts:
-                key = part.rates.bytes.tobytes(), part.rates.noise.tobytes(), part.may_leave_out
-                alike.setdefault(key, []).append(part)
-        for parts in alike.values():
-            energies = np.concatenate([part.energies.reshape(-1) for part in parts])
-            self._parts.append(replace(parts[0], energies=energies))
+    Args:
+        open_modules: Those whose best option may still change.
+        places: Which they are.
+        settled: The options of the others, by place.
+        alike: Their parts; those of the same rates cost as one.
+    """
 
-    def cost(self, prices: Floats) -> tuple[Floats, Floats]:
-        """Error and bytes at each price."""
-        errors, sizes = np.full(len(prices), self._error), np.zeros(len(prices))
-        for part in self._parts:
-            error, size = part.cost(prices)
+    def __init__(
+        self,
+        open_modules: PricedModules,
+        places: tuple[int, ...],
+        settled: tuple[tuple[int, Option], ...],
+        alike: tuple[Part, ...],
+    ) -> None:
+        self.prices = open_modules.prices
+        self._open = open_modules
+        self._places = places
+        self._settled = settled
+        self._alike = alike
+        self._finer: dict[int, _Interval] = {}
+
+    @cached_property
+    def totals(self) -> tuple[Floats, Floats]:
+        """Error and bytes of all modules together at each price."""
+        errors, sizes = (part.copy() for part in self._open.totals)
+        errors += sum(option.base_error for _, option in self._settled)
+        for part in self._alike:
+            error, size = part.cost(self.prices)
             errors += error
             sizes += size
         return errors, sizes
+
+    def options(self, place: int) -> list[Option]:
+        """Every module's best option at one of the prices."""
+        found = dict(self._settled)
+        for module, best, at in zip(self._open.modules, self._open.best, self._places, strict=True):
+            found[at] = module.options[best[place]]
+        return [found[at] for at in range(len(found))]
+
+    def finer(self, before: int) -> _Interval:
+        """The prices from one to the next, on a grid of their own."""
+        if before not in self._finer:
+            prices = np.geomspace(self.prices[before], self.prices[before + 1], _NARROW)
+            settled, places, still_open = list(self._settled), [], []
+            fresh = []
+            for module, best, at in zip(self._open.modules, self._open.best, self._places, strict=True):
+                ends = sorted({int(best[before]), int(best[before + 1])})
+                if len(ends) == 1:
+                    fresh.append(module.options[ends[0]])
+                    settled.append((at, fresh[-1]))
+                else:
+                    places.append(at)
+                    still_open.append(_narrow(module, ends, prices))
+            self._finer[before] = _Interval(
+                PricedModules(still_open, prices),
+                tuple(places),
+                tuple(settled),
+                (*self._alike, *_added(fresh)),
+            )
+        return self._finer[before]
+
+
+def _added(options: Sequence[Option]) -> list[Part]:
+    """The parts of some options, those of the same rates put together."""
+    alike: dict[tuple[bytes, bytes, bool], list[Part]] = {}
+    for part in (part for option in options for part in option.parts):
+        key = part.rates.bytes.tobytes(), part.rates.noise.tobytes(), part.may_leave_out
+        alike.setdefault(key, []).append(part)
+    return [
+        replace(parts[0], energies=np.concatenate([part.energies.reshape(-1) for part in parts]))
+        for parts in alike.values()
+    ]
 
 
 def total_bytes(choices: Iterable[Choice]) -> int:
@@ -206,34 +259,20 @@ def _bracket(
 
     They are at the lower and the higher price; both are the same where it never turns.
     """
-    settled = _Settled()
-    ends: dict[int, tuple[Option, Option]] = {}  # of every module the best options at both prices
-    places, now = list(range(len(modules.modules))), modules  # modules whose option is not settled
-    fixed = np.zeros(len(now.prices)), np.zeros(len(now.prices))
+    interval = modules.whole
     while True:
-        (errors, sizes), prices = now.totals, now.prices
-        low = [is_low(float(e), float(s)) for e, s in zip(errors + fixed[0], sizes + fixed[1], strict=True)]
+        prices = interval.prices
+        low = [is_low(float(error), float(size)) for error, size in zip(*interval.totals, strict=True)]
         first = low.index(False) if False in low else len(low) - 1
         before = max(first - 1, 0)
-        both = [(int(best[before]), int(best[first])) for best in now.best]
-        for place, module, (i, j) in zip(places, now.modules, both, strict=True):
-            ends[place] = module.options[i], module.options[j]
         if before == first or prices[first] / prices[before] < _PRECISE:
             break
-        narrowed = np.geomspace(prices[before], prices[first], _NARROW)
-        settled.add([module.options[i] for module, (i, j) in zip(now.modules, both, strict=True) if i == j])
-        places = [place for place, (i, j) in zip(places, both, strict=True) if i != j]
-        now = PricedModules(
-            [
-                _narrow(module, sorted(pair), narrowed)
-                for module, pair in zip(now.modules, both, strict=True)
-                if pair[0] != pair[1]
-            ],
-            narrowed,
-        )
-        fixed = settled.cost(narrowed)
-    lower = [ends[m][0].choice(float(prices[before])) for m in range(len(ends))]
-    higher = [ends[m][1].choice(float(prices[first])) for m in range(len(ends))]
+        interval = interval.finer(before)
+    lower = [option.choice(float(prices[before])) for option in interval.options(before)]
+    higher = [
+        option.choice_or(float(prices[first]), other)
+        for option, other in zip(interval.options(first), lower, strict=True)
+    ]
     if first == len(prices) - 1 and low[first]:
         higher = lower
     if first == 0 and not low[0]:
@@ -254,6 +293,8 @@ def _swap(choices: list[Choice], better: list[Choice], size: int) -> list[Choice
     left = size - total_bytes(choices)
     gains = []
     for m, (now, then) in enumerate(zip(choices, better, strict=True)):
+        if now is then:
+            continue
         extra = then.bytes - now.bytes
         gain = now.error + now.option.doubt - then.error - then.option.doubt
         if gain > 0:

@@ -244,6 +244,19 @@ class Option:
             self, Levels(tuple(part.levels(price) for part in self.shared), self.heads.levels(price))
         )
 
+    def choice_or(self, price: float, other: Choice) -> Choice:
+        """As :meth:`choice`, but ``other`` itself where that is the same one: its totals may be known already."""
+        found = self.choice(price)
+        same = other.option is self and all(
+            np.array_equal(one, two)
+            for one, two in zip(
+                (*found.levels.shared, found.levels.heads),
+                (*other.levels.shared, other.levels.heads),
+                strict=True,
+            )
+        )
+        return other if same else found
+
 
 @dataclass(frozen=True)
 class Choice:

@@ -190,20 +190,23 @@ def encode_ragged(
     heads, _, length = vectors.shape
     flat = vectors.reshape(-1, length)
     stored: list[list[Tensor]] = [[] for _ in range(heads)]
+    few = _at_once(length)
     for index, precision in enumerate(bits):
         mask = levels == index
         places = torch.from_numpy(np.flatnonzero(mask)).to(vectors.device)
         if not len(places):
             continue
-        data = torch.empty(len(places), vector_bytes(length, precision), dtype=torch.uint8)
-        few = _at_once(length)
-        for piece, target in zip(torch.split(places, few), torch.split(data, few), strict=True):
+        pieces = []
+        for start in range(0, len(places), few):
+            piece = places[start : start + few]
             encoded, read_back = _encode_few(flat.index_select(0, piece), precision, dtype)
-            target.copy_(encoded)
+            pieces.append(encoded)
             flat.index_copy_(0, piece, read_back)
-        for blocks, block in zip(stored, torch.split(data, mask.sum(axis=1).tolist()), strict=True):
-            if block.shape[0]:
-                blocks.append(block)
+        data, start = pieces[0] if len(pieces) == 1 else torch.cat(pieces), 0
+        for blocks, count in zip(stored, mask.sum(axis=1).tolist(), strict=True):
+            if count:
+                blocks.append(data[start : start + count])
+                start += count
     left_out = np.flatnonzero(levels < 0)
     if len(left_out):
         flat.index_fill_(0, torch.from_numpy(left_out).to(vectors.device), 0.0)

@@ -29,6 +29,14 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"chaos: {form} form, --chaos-seed={config.getoption('--chaos-seed')}"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test leaves digests in the home of whoever runs it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HYDRAOPT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def running_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningStore]:
     """One real SeaweedFS for the whole session, with random keys, in a temporary folder."""

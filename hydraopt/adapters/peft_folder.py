@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -84,22 +84,26 @@ class Adapter:
         return 2 * numbers + (self.folder / CONFIG_FILE).stat().st_size
 
     @cached_property
-    def digest(self) -> str:
-        """SHA-256 (hex) of what the adapter computes: base model, scalings and tensors.
-
-        It does not depend on the folder, the order of tensors in the file, or settings of the training.
-        """
-        digest = hashlib.sha256()
-        meaning = {
+    def meaning(self) -> bytes:
+        """What the adapter computes but for its numbers, as canonical JSON: base model, scalings, names and shapes."""
+        value = {
             "base_model": self.base_model,
             "revision": self.revision,
             "task_type": self.task_type,
             "kind": self.kind,
             "settings": self.settings,
-            "modules": {name: asdict(module) for name, module in self.modules.items()},
+            "modules": {name: vars(module) for name, module in self.modules.items()},
             "tensors": {name: [str(e.dtype), list(e.shape)] for name, e in self.tensors.items()},
         }
-        digest.update(json.dumps(meaning, sort_keys=True, separators=(",", ":")).encode())
+        return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 (hex) of what the adapter computes: base model, scalings and tensors.
+
+        It does not depend on the folder, the order of tensors in the file, or settings of the training.
+        """
+        digest = hashlib.sha256(self.meaning)
         with self.file.path.open("rb") as file:
             for entry in self.tensors.values():
                 file.seek(entry.begin)

@@ -1,10 +1,10 @@
 """A merge that keeps a former bundle's shared part: only the tasks that changed are fitted.
 
 Reused as they are: the shared file, byte for byte; the family of each module; and the files of tasks whose adapter has
-the digest that the former manifest names. Of such an adapter nothing but the digest is computed. Fitted anew, in closed
-form: the heads of changed and new tasks, at ranks and precisions chosen as in every merge, within the bytes the budget
-leaves. Not reused: curves and spectra of the former merge, which cannot be told from a bundle. What is lost: the shared
-part does not turn towards the new tasks. How much that costs is measured and, where it is much, said.
+the digest that the former manifest names. Of such an adapter nothing but the digest is asked for. Fitted anew, in
+closed form: the heads of changed and new tasks, at ranks and precisions chosen as in every merge, within the bytes
+the budget leaves. Not reused: curves and spectra of the former merge, which cannot be told from a bundle. What is
+lost: the shared part does not turn towards the new tasks. How much that costs is measured and, where it is much, said.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from hydraopt.adapters import Adapter
+from hydraopt.adapters.known_digests import hashed, known_digest
 from hydraopt.bundle.contents import Bundle, BundleContents, container_bytes
 from hydraopt.bundle.layout import SHARED_FILE, Manifest, ModuleEntry, TaskEntry, task_file
 from hydraopt.errors import BudgetError
@@ -97,8 +98,8 @@ class KeepingRun:
         self.device = device
         self.progress = progress
         self.metrics = metrics or {}
-        self.digests = _digests(adapters)
         known = former.manifest.adapters
+        self.digests = _digests(adapters, known)
         self.kept = tuple(task for task, digest in self.digests.items() if known.get(task) == digest)
         self.changed = {task: adapters[task] for task in adapters if task not in self.kept}
         self.modules = module_names(self.changed)
@@ -299,7 +300,12 @@ class KeepingRun:
         return tuple(found)
 
 
-def _digests(adapters: Mapping[str, Adapter]) -> dict[str, str]:
-    """SHA-256 over every adapter's bytes; the only work that grows with the tasks that did not change."""
+def _digests(adapters: Mapping[str, Adapter], former: Mapping[str, str]) -> dict[str, str]:
+    """SHA-256 over every adapter's bytes, looked up where that says that the task may be kept."""
+
+    def find(task: str) -> str:
+        found = known_digest(adapters[task])
+        return found if found == former.get(task) else hashed(adapters[task])
+
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        return dict(zip(adapters, pool.map(lambda adapter: adapter.digest, adapters.values()), strict=True))
+        return dict(zip(adapters, pool.map(find, adapters), strict=True))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hydraopt.adapters import Adapter
+from hydraopt.adapters.known_digests import hashed
 from hydraopt.bundle.contents import Bundle
 from hydraopt.errors import BudgetError
 from hydraopt.merging import separate
@@ -110,7 +111,9 @@ class MergeRun:
         """The bundle."""
         with ThreadPoolExecutor(1) as digests:
             # The digests read the same pages as the merge and cost no BLAS time: beside it, not after it.
-            wanted = digests.submit(lambda: {task: adapter.digest for task, adapter in self.adapters.items()})
+            wanted = digests.submit(
+                lambda: {task: hashed(adapter) for task, adapter in self.adapters.items()}
+            )
             if self.recipe.budget is not None and self.recipe.budget < 1:
                 self._most_factor_bytes(self.recipe)  # refuse at once what no amount of work would meet
             choices = self._choices()

@@ -33,7 +33,7 @@ def pytest_report_header(config: pytest.Config) -> str:
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """No test leaves digests in the home of whoever runs it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HYDRAOPT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
 
 

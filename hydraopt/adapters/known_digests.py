@@ -10,7 +10,7 @@ What a wrong answer could do is small: digests are looked up only to tell that a
 be kept. A change would go unnoticed until the next merge of everything, which hashes every byte; what a bundle says of
 itself, that the file was made from the adapter of this digest, stays true. An adapter that looks changed is hashed.
 
-They lie in ``$HYDRAOPT_CACHE/digests``, by default ``~/.cache/hydraopt/digests``, and may be deleted at any time.
+They lie in ``hydraopt/digests`` below ``$XDG_CACHE_HOME``, by default ``~/.cache``, and may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -64,10 +64,10 @@ def _identity(adapter: Adapter) -> list[int | str]:
 
 
 def _place(adapter: Adapter) -> Path:
-    base = os.environ.get("HYDRAOPT_CACHE")
-    folder = Path(base) if base else Path.home() / ".cache" / "hydraopt"
+    base = os.environ.get("XDG_CACHE_HOME")
+    folder = Path(base) if base else Path.home() / ".cache"
     name = hashlib.sha256(str(adapter.file.path.resolve()).encode(errors="surrogateescape")).hexdigest()
-    return folder / "digests" / name
+    return folder / "hydraopt" / "digests" / name
 
 
 def _write(file: Path, entry: dict[str, object]) -> None:

@@ -15,8 +15,8 @@ from hydraopt.adapters.known_digests import hashed, known_digest
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("HYDRAOPT_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "digests"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "hydraopt" / "digests"
 
 
 @pytest.fixture

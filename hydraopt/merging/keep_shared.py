@@ -23,7 +23,14 @@ from torch import Tensor
 from hydraopt.adapters import Adapter
 from hydraopt.adapters.known_digests import hashed, known_digest
 from hydraopt.bundle.contents import Bundle, BundleContents, container_bytes
-from hydraopt.bundle.layout import SHARED_FILE, Manifest, ModuleEntry, TaskEntry, task_file
+from hydraopt.bundle.layout import (
+    SHARED_FILE,
+    Manifest,
+    ModuleEntry,
+    TaskEntry,
+    canonical_json,
+    task_file,
+)
 from hydraopt.errors import BudgetError
 from hydraopt.merging.assembly import Assembly
 from hydraopt.merging.budget import (
@@ -232,8 +239,14 @@ class KeepingRun:
 
     def _container_bytes(self, choices: Sequence[Choice]) -> int:
         """Bytes of the manifest and of the headers and extras of the changed tasks' files."""
-        unknown = self.assembly.unknown_task_entries()
-        manifest = self._manifest(self.assembly.entries(choices), unknown)
+        precisions = len(self.recipe.precisions)
+        heads = (counts for choice in choices for counts in choice.counts(precisions)[1])
+        return self._frame_bytes + sum(len(canonical_json(counts)) - len("null") for counts in heads)
+
+    @cached_property
+    def _frame_bytes(self) -> int:
+        """The same while no module keeps anything of a changed task: its manifest says null there."""
+        manifest = self._manifest((), self.assembly.unknown_task_entries())
         return len(manifest.canonical()) + container_bytes(self.assembly.extras)
 
     def _manifest(self, entries: Iterable[ModuleEntry], fresh: Mapping[str, TaskEntry]) -> Manifest:

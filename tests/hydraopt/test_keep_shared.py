@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 import hydraopt
 from hydraopt.bundle.layout import SHARED_FILE, task_file
 from hydraopt.errors import AdapterMismatchError, BudgetError, BundleError
+from hydraopt.merging.keep_shared import KeepingRun
 
 WIDE = {"q_proj": (48, 64), "up_proj": (96, 48)}
 
@@ -60,6 +61,23 @@ def test_reported_errors_are_those_of_what_is_stored(workshop, folders, method):
         reported = fresh.manifest.tasks[task].relative_error
         assert reported == pytest.approx(math.sqrt(squares[-1]), rel=1e-6)
     assert fresh.relative_error == pytest.approx(math.sqrt(sum(squares) / len(squares)), rel=1e-6)
+
+
+def test_the_manifest_is_as_long_as_the_budget_counted_on(workshop, folders, monkeypatch):
+    """Digests and errors have their lengths, counts theirs: what is written is never longer, nor much shorter."""
+    former = hydraopt.merge(folders, budget=0.5)
+    counted = []
+    measure = KeepingRun._container_bytes
+    monkeypatch.setattr(
+        KeepingRun,
+        "_container_bytes",
+        lambda run, choices: counted.append(measure(run, choices)) or counted[-1],
+    )
+    fresh = hydraopt.merge(change(workshop, folders, "t1", 50), keep_shared=former)
+    heads = {task: numbers.nbytes for task, numbers in fresh.contents.heads.items()}
+    files = {task: entry.file.bytes for task, entry in fresh.manifest.tasks.items()}
+    written = len(fresh.manifest.canonical()) + files["t1"] - heads["t1"]
+    assert any(written <= size <= written + 200 for size in counted[-2:])
 
 
 def projected(update, module, shared):

@@ -9,7 +9,7 @@ from prefect import flow
 from infra.settings import Settings
 from tasks.artifacts import show_move
 from tasks.log_lines import on_every_line, say
-from tasks.releasing import promote_live, show_live
+from tasks.releasing import names_of_live, promote_live, show_live
 from tasks.store import check_store
 
 
@@ -26,11 +26,10 @@ def promote(
         by: Who asked for it, for people.
     """
     settings = Settings.load().require_services()
-    check_store(settings)
-    with on_every_line(settings, bundle=bundle):
+    with on_every_line(settings, whole_run=True, **names_of_live(settings, bundle, source)):
+        check_store(settings)
         published = promote_live(settings, bundle, source, target, by)
-        with on_every_line(settings, bundle_id=published.live_bundle_id):
-            show_live(settings, bundle, target)
-            show_move(published)
-            say("version %s is live in channel %s", published.live_version, target)
+        show_live(settings, bundle, target)
+        show_move(published)
+        say("version %s is live in channel %s", published.live_version, target)
     return published.model_dump(mode="json")

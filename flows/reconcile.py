@@ -31,6 +31,7 @@ from tasks.notifying import note_reconciled
 from tasks.releasing import show_live
 from tasks.sign_off import asks_in_ui, candidate_status
 from tasks.stale_runs import close_dead_runs
+from tasks.standing import WRONG_VIEW
 from tasks.waiting_runs import close_waiting, reconciles_that_wait
 
 _LONGEST_SETTLE_S = 60.0
@@ -54,7 +55,8 @@ def reconcile(settle_s: _Seconds = 0) -> dict[str, Any]:
         ``bundles``: by name, its ``state`` (``unchanged``, ``merged``, ``waiting`` for adapters or
         ``changing`` right now), ``fingerprint``, ``bundle_id``, whether its gates ``passed``, and as ``version``
         under which number it was released before, if it was and is not live;
-        ``released``: what an interrupted approval had left to publish; ``seconds``.
+        ``released``: what an interrupted approval had left to publish; ``corrected_in_mlflow``: by name, the bundle
+        that MLflow showed as live though another one is; ``seconds``.
 
     Raises:
         HydraoptError: If a bundle could not be merged or released. The others were, before this is raised.
@@ -89,12 +91,14 @@ def _reconcile(settings: Settings, settle_s: float) -> dict[str, Any]:
     for name, bundle in bundles.items():
         if bundle.get("passed") and asks_in_ui(settings, name):
             _ask_in_ui(settings, name, bundle["bundle_id"])
-    for name, channel in channels.items():
-        show_live(settings, name, channel)
+    shown = {name: show_live(settings, name, channel) for name, channel in channels.items()}
+    corrected = {name: showed for name, showed in shown.items() if showed is not None}
+    for name, showed in corrected.items():
+        say("MLflow showed %s of %s as live (%s); corrected", showed, name, WRONG_VIEW)
     if problems:
         raise type(problems[0])("; ".join(str(problem) for problem in problems))
     note_reconciled(settings)
-    return {"bundles": bundles, "released": released}
+    return {"bundles": bundles, "released": released, "corrected_in_mlflow": corrected}
 
 
 def _settled(settings: Settings, quiet_s: float) -> list[DesiredSet]:

@@ -9,7 +9,7 @@ from prefect import flow
 from infra.settings import Settings
 from tasks.artifacts import show_move
 from tasks.log_lines import on_every_line, say
-from tasks.releasing import check_sign_off, publish_bundle, show_live
+from tasks.releasing import check_sign_off, names_of, publish_bundle, show_live
 from tasks.store import check_store
 
 
@@ -25,8 +25,8 @@ def release(bundle: str, bundle_id: str, channel: str = "stable") -> dict[str, A
         channel: The pointer that devices follow.
     """
     settings = Settings.load().require_services()
-    check_store(settings)
-    with on_every_line(settings, bundle=bundle, bundle_id=bundle_id):
+    with on_every_line(settings, whole_run=True, **names_of(settings, bundle, bundle_id)):
+        check_store(settings)
         sign_off = check_sign_off(settings, bundle, bundle_id)
         published = publish_bundle(settings, bundle, bundle_id, channel)
         show_live(settings, bundle, channel)

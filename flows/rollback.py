@@ -9,7 +9,13 @@ from prefect import flow
 from infra.settings import Settings
 from tasks.artifacts import show_move
 from tasks.log_lines import on_every_line, say
-from tasks.releasing import choose_former_version, move_back, show_live
+from tasks.releasing import (
+    choose_former_version,
+    move_back,
+    names_of_live,
+    names_of_version,
+    show_live,
+)
 from tasks.store import check_store
 
 
@@ -23,11 +29,11 @@ def rollback(bundle: str, channel: str = "stable", to: int | None = None) -> dic
         to: The version; None is the one before the live one.
     """
     settings = Settings.load().require_services()
-    check_store(settings)
-    with on_every_line(settings, bundle=bundle):
+    with on_every_line(settings, whole_run=True, **names_of_live(settings, bundle, channel)):
+        check_store(settings)
         version = choose_former_version(settings, bundle, channel) if to is None else to
-        published = move_back(settings, bundle, channel, version)
-        with on_every_line(settings, bundle_id=published.live_bundle_id):
+        with on_every_line(settings, whole_run=True, **names_of_version(settings, bundle, version)):
+            published = move_back(settings, bundle, channel, version)
             show_live(settings, bundle, channel)
             show_move(published)
             say("version %s is live in channel %s", published.live_version, channel)

@@ -7,6 +7,7 @@ HydraoptError                 anything hydraopt rejects; exit code 2 on the comm
 ├── BundleError               a bundle that is damaged, tampered with or incomplete
 ├── TaskFileError             a task file, its data or its base model cannot be used
 ├── ServiceError              a server we need is down, wrong, or answers nonsense
+│   └── DeniedError           a server that works refuses our key
 ├── RecordError               a record, signature or pointer in the store is not what it should be
 └── RefusedError              a gate or an approval said no; exit code 3
 
@@ -44,6 +45,10 @@ class TaskFileError(HydraoptError, ValueError):
 
 class ServiceError(HydraoptError, RuntimeError):
     """A server cannot be reached, refuses us, or lacks what we rely on."""
+
+
+class DeniedError(ServiceError):
+    """A server refuses what we asked with this key, and will again."""
 
 
 class RecordError(HydraoptError, ValueError):

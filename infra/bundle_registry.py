@@ -16,6 +16,7 @@ from hydraopt.bundle.layout import Manifest
 from hydraopt.evaluation.gates import GateReport
 from hydraopt.names import check_name
 from infra.mlflow_access import (
+    ABSENT,
     EXISTS,
     Metric,
     MlflowException,
@@ -66,7 +67,9 @@ class BundleRegistry:
         with told_plainly(self._settings, f"showing candidate {bundle_id[:12]} of {name!r}"):
             return despite_races(lambda: self._show_candidate(name, bundle_id, manifest, report))
 
-    def record_release(self, name: str, bundle_id: str, version: int, channel: str = "stable") -> int:
+    def record_release(
+        self, name: str, bundle_id: str, version: int, channel: str = "stable", *, before: str | None = None
+    ) -> int:
         """Show that a bundle is live, after a release or a rollback alike; safe to repeat.
 
         On the channel ``stable`` it gets the alias champion, on another one an alias of the channel's name.
@@ -76,12 +79,24 @@ class BundleRegistry:
             bundle_id: Bundle id.
             version: Its number in the object store, which counts published bundles only.
             channel: Where it is live.
+            before: The bundle that was live there before; on ``stable`` it gets the alias previous.
 
         Returns:
             MLflow's version number, which counts every candidate.
         """
         with told_plainly(self._settings, f"showing release {version} of {name!r}"):
-            return despite_races(lambda: self._show_release(name, bundle_id, version, channel))
+            return despite_races(lambda: self._show_release(name, bundle_id, version, channel, before))
+
+    def shown(self, name: str, channel: str = "stable") -> str | None:
+        """The bundle that MLflow shows as live on a channel; None if it shows none."""
+        with told_plainly(self._settings, f"looking for what is live of {name!r}"):
+            try:
+                found = self._client.get_model_version_by_alias(model_name(name), _alias(channel))
+            except MlflowException as error:
+                if error.error_code in {ABSENT, "INVALID_PARAMETER_VALUE"}:  # no such model; no such alias
+                    return None
+                raise
+        return str(found.tags.get(_BUNDLE, "a version that is no bundle"))
 
     def _show_candidate(self, name: str, bundle_id: str, manifest: Manifest, report: GateReport) -> int:
         model = model_name(name)
@@ -92,17 +107,18 @@ class BundleRegistry:
         self._point(model, CANDIDATE, version.version)
         return int(version.version)
 
-    def _show_release(self, name: str, bundle_id: str, version: int, channel: str) -> int:
+    def _show_release(self, name: str, bundle_id: str, version: int, channel: str, before: str | None) -> int:
         model = model_name(name)
         self._ensure_model(model, "")
         shown = self._ensure_version(model, name, bundle_id, None)
         self._tag(model, shown, {"release": str(version)})
-        alias = CHAMPION if channel == "stable" else channel
-        before = self._aliases(model).get(alias)
-        if before != int(shown.version):
-            if before is not None and alias == CHAMPION:
-                self._point(model, PREVIOUS, before)
-            self._point(model, alias, shown.version)  # last: killed before it, a repeat starts anew
+        wanted = {_alias(channel): int(shown.version)}
+        if before is not None and channel == "stable":
+            wanted[PREVIOUS] = int(self._ensure_version(model, name, before, None).version)
+        there = self._aliases(model)
+        for alias, number in wanted.items():
+            if there.get(alias) != number:
+                self._point(model, alias, number)
         return int(shown.version)
 
     def _record_run(self, model: str, bundle_id: str, manifest: Manifest, report: GateReport) -> str:
@@ -178,6 +194,10 @@ class BundleRegistry:
 
     def _point(self, model: str, alias: str, number: int | str) -> None:
         self._client.set_registered_model_alias(model, alias, str(number))
+
+
+def _alias(channel: str) -> str:
+    return CHAMPION if channel == "stable" else channel
 
 
 def model_name(name: str) -> str:

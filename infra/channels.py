@@ -60,10 +60,19 @@ def live(store: ObjectStore, name: str, channel: str) -> Move | None:
     """What devices see now; None if nothing was ever published there.
 
     Raises:
-        RecordError: If the pointer is damaged.
+        RecordError: If the pointer is damaged, or is not the copy of a move that the log holds.
     """
-    stored = _read(store, pointer_key(name, channel))
-    return stored[0] if stored else None
+    key = pointer_key(name, channel)
+    stored = _read(store, key)
+    if stored is None:
+        return None
+    entry = _read(store, log_key(name, channel, stored[0].sequence))
+    if entry is None or entry[0] != stored[0]:
+        raise RecordError(
+            f"{key} does not show move {stored[0].sequence} as the channel's log holds it: it was changed. Find out "
+            "why, remove it, and have `hydraopt repair` write it again"
+        )
+    return stored[0]
 
 
 def settle(store: ObjectStore, name: str, channel: str) -> Move | None:

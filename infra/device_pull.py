@@ -156,6 +156,7 @@ def _complete(
         _check_path(path)
     target, staging = home / bundle_id, home / f"{_INCOMING}{bundle_id}"
     if target.is_dir():
+        _remove_links(target)
         wrong = {path: entry for path, entry in files.items() if not _is(target / path, entry)}
         if not wrong and _holds(target / MANIFEST_FILE, bundle_id):
             return {}, len(files)
@@ -175,6 +176,7 @@ def _gather(
     store: ObjectStore, home: Path, staging: Path, files: dict[str, FileEntry], progress: Progress
 ) -> dict[str, FileEntry]:
     """Put every file into ``staging``, from a bundle that is here if one has it; return those fetched."""
+    _remove_links(staging)
     _remove_strays(staging, files)
     here = _files_here(home)
     missing = {path: entry for path, entry in files.items() if not _take(here, staging / path, entry)}
@@ -192,10 +194,17 @@ def _gather(
     return missing
 
 
+def _remove_links(folder: Path) -> None:
+    """Remove links, through which we would write elsewhere: a pull makes none inside a bundle."""
+    for path in list(folder.rglob("*")):
+        if path.is_symlink():
+            path.unlink()
+
+
 def _remove_strays(staging: Path, files: dict[str, FileEntry]) -> None:
     """Remove what a killed pull left half-written."""
     for path in list(staging.rglob("*")):
-        if path.is_symlink() or (path.is_file() and str(path.relative_to(staging)) not in files):
+        if path.is_file() and str(path.relative_to(staging)) not in files:
             path.unlink()
 
 

@@ -64,8 +64,9 @@ def export_store(store: ObjectStore, folder: Path, progress: Progress) -> Copied
     entries: dict[str, tuple[str, int]] = {}
     copied = 0
     try:
-        for prefix in _ORDER:
-            for entry in list(store.entries(prefix)):
+        # Channels twice: a pointer that moved after the first listing needs the newest move of its log, too.
+        for prefix in (_ORDER[0], *_ORDER):
+            for entry in [one for one in store.entries(prefix) if one.key not in entries]:
                 ref, new = _export_one(store, entry.key, _path(folder, entry.key), entry.bytes)
                 entries[entry.key] = (ref.sha256, ref.bytes)
                 copied += new
@@ -88,7 +89,7 @@ def restore_store(store: ObjectStore, folder: Path, progress: Progress) -> Copie
     """
     objects = _checked(folder, progress)
     copied = 0
-    ordered = sorted(objects, key=lambda key: (-_rank(key), key))
+    ordered = sorted(objects, key=lambda key: (-_rank(key), "/log/" not in key, key))
     for done, key in enumerate(ordered, start=1):
         copied += _restore_one(store, key, _path(folder, key))
         progress(done, len(ordered), "restore")

@@ -17,7 +17,7 @@ from botocore.exceptions import (
 )
 from urllib3.exceptions import HTTPError
 
-from hydraopt.errors import ServiceError
+from hydraopt.errors import DeniedError, ServiceError
 
 _REFUSED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}
 _REFUSED |= {"AllAccessDisabled", "AccountProblem", "Forbidden", "Unauthorized", "401", "403"}
@@ -57,7 +57,7 @@ def told_plainly(address: str, bucket: str, doing: str) -> Iterator[None]:
     try:
         yield
     except ClientError as error:
-        raise ServiceError(_answered(error, address, bucket, doing)) from error
+        raise _answered(error, address, bucket, doing) from error
     except INTERRUPTED as error:
         raise ServiceError(
             f"the object store at {address} does not answer ({type(error).__name__} while {doing}): {_SAFE}; "
@@ -76,25 +76,25 @@ def told_plainly(address: str, bucket: str, doing: str) -> Iterator[None]:
         ) from error
 
 
-def _answered(error: ClientError, address: str, bucket: str, doing: str) -> str:
+def _answered(error: ClientError, address: str, bucket: str, doing: str) -> ServiceError:
     """One sentence for an answer that is an error: what it means and the way out."""
     code, status = code_of(error), status_of(error)
     if code in _OUT_OF_TIME:
-        return (
+        return ServiceError(
             f"the object store at {address} refused a request while {doing} ({code}): this machine's clock and the "
             f"store's differ. {_SAFE.capitalize()}; set the clock right, then run this again"
         )
     if code in _REFUSED or status in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}:
-        return (
+        return DeniedError(
             f"the object store at {address} refused our key while {doing} ({code}): check "
             f"HYDRAOPT_S3_ACCESS_KEY and HYDRAOPT_S3_SECRET_KEY, and what the key may do in bucket {bucket!r}"
         )
     if code == "NoSuchBucket":
-        return (
+        return ServiceError(
             f"the object store at {address} has no bucket {bucket!r}: create it, or set HYDRAOPT_S3_BUCKET "
             f"(found while {doing})"
         )
-    return (
+    return ServiceError(
         f"the object store at {address} failed while {doing}: {code} (HTTP {status}). {_SAFE.capitalize()}; see "
         "`hydraopt status`, its log and whether its disk is full, then run this again"
     )

@@ -75,15 +75,17 @@ def _names(found: list[CandidateStatus]) -> Iterator[str]:
 
 
 def _show_channels(store: ObjectStore, registry: BundleRegistry, name: str) -> dict[str, int]:
-    """Show what each channel shows, after what it showed before, so that both aliases are right."""
+    """Show what each channel showed before, and what it shows."""
     live = {}
     for channel in channels_of(store, name):
         newest = settle(store, name, channel)
         if newest is None:
             continue
+        before = None
         for number in (newest.previous, newest.version):
             if number is not None:
                 bundle_id = read_version(store, name, number).bundle_id
-                registry.record_release(name, bundle_id, number, channel)
+                registry.record_release(name, bundle_id, number, channel, before=before)
+                before = bundle_id
         live[channel] = newest.version
     return live

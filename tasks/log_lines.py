@@ -14,27 +14,37 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-from prefect import get_run_logger
+from prefect import get_run_logger, runtime
 from prefect.exceptions import MissingContextError
 
 from infra.settings import Settings
 
 _LOGGERS = ("prefect.flow_runs", "prefect.task_runs")
 _LARGEST_LOG = 10 * 1024 * 1024
+_MOST_RUNS = 64  # of one process whose names are remembered
 _about: contextvars.ContextVar[dict[str, str] | None] = contextvars.ContextVar("hydraopt_about", default=None)
+_whole_runs: dict[str, dict[str, str]] = {}
+"""By flow run, what all of it is about: Prefect logs how a run ended when our code has been left."""
 
 
 @contextlib.contextmanager
-def on_every_line(settings: Settings, **about: str | None) -> Iterator[None]:
+def on_every_line(settings: Settings, *, whole_run: bool = False, **about: str | None) -> Iterator[None]:
     """Name what is worked on in every line logged inside, Prefect's own included.
 
     Args:
         settings: Name the home folder whose log the lines go to.
+        whole_run: Whether all of this flow run is about it: then the line on how it ended says so, too.
         about: Such as ``bundle``, ``fingerprint`` and ``bundle_id``; None leaves a word out. Blocks may be
             nested: the inner one adds to the outer one.
     """
     _attach(settings.home / "logs" / "flows.jsonl")
-    token = _about.set({**(_about.get() or {}), **{key: value for key, value in about.items() if value}})
+    names = {**(_about.get() or {}), **{key: value for key, value in about.items() if value}}
+    token = _about.set(names)
+    run_id = runtime.flow_run.id if whole_run else None
+    if run_id is not None:
+        _whole_runs[str(run_id)] = names
+        for run in list(_whole_runs)[:-_MOST_RUNS]:
+            _whole_runs.pop(run, None)
     try:
         yield
     finally:
@@ -51,7 +61,7 @@ class _Names(logging.Filter):
     """Puts the names into the record, and before its message: Prefect's server keeps nothing but the message."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        about = _about.get()
+        about = _about.get() or _whole_runs.get(str(getattr(record, "flow_run_id", None)))
         if about and not hasattr(record, "about"):
             record.about = about
             names = " ".join(f"{key}={value[:12]}" for key, value in about.items())

@@ -2,14 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
+
+from hydraopt.errors import RecordError
 from infra.approvals import verify_sign_off
 from infra.approvers import approvers_of
 from infra.bundle_registry import BundleRegistry
-from infra.publishing import Published, live, promote, publish, rollback, rollback_target
+from infra.publishing import Published, live, promote, publish, read_version, rollback, rollback_target
 from infra.settings import Settings
 from infra.sign_off import SignOff
+from infra.supply_chain.describe import fingerprint_of
 from tasks.store import object_store
 from tasks.verb import verb
+
+
+def names_of(settings: Settings, name: str, bundle_id: str | None) -> dict[str, str | None]:
+    """What every log line about a bundle should name. No task: its own lines would have no names yet."""
+    fingerprint = fingerprint_of(object_store(settings), name, bundle_id) if bundle_id else None
+    return {"bundle": name, "bundle_id": bundle_id, "fingerprint": fingerprint}
+
+
+def names_of_live(settings: Settings, name: str, channel: str) -> dict[str, str | None]:
+    """The names of what a channel shows."""
+    shown = live(object_store(settings), name, channel)
+    return names_of(settings, name, shown.bundle_id if shown else None)
+
+
+def names_of_version(settings: Settings, name: str, version: int) -> dict[str, str | None]:
+    """The names of a version; of one that never was, whoever is asked to bring it back says so."""
+    bundle_id = None
+    with contextlib.suppress(RecordError):
+        bundle_id = read_version(object_store(settings), name, version).bundle_id
+    return names_of(settings, name, bundle_id)
 
 
 @verb(task_run_name="verify the approvals of {name} {bundle_id}")
@@ -44,8 +68,18 @@ def move_back(settings: Settings, name: str, channel: str, to: int) -> Published
 
 
 @verb(task_run_name="show what is live of {name} in MLflow")
-def show_live(settings: Settings, name: str, channel: str) -> None:
-    """Bring MLflow's aliases up to date with the channel; they may have been lost or moved by hand."""
-    newest = live(object_store(settings), name, channel)
-    if newest is not None:
-        BundleRegistry(settings).record_release(name, newest.bundle_id, newest.version, channel)
+def show_live(settings: Settings, name: str, channel: str) -> str | None:
+    """Bring MLflow's aliases up to date with the channel; they may have been lost or moved by hand.
+
+    Returns:
+        The bundle that MLflow showed as live until now, if it showed another one.
+    """
+    store = object_store(settings)
+    newest = live(store, name, channel)
+    if newest is None:
+        return None
+    registry = BundleRegistry(settings)
+    showed = registry.shown(name, channel)
+    before = None if newest.previous is None else read_version(store, name, newest.previous).bundle_id
+    registry.record_release(name, newest.bundle_id, newest.version, channel, before=before)
+    return showed if showed != newest.bundle_id else None

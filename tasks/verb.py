@@ -15,7 +15,7 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from hydraopt.errors import ServiceError
+from hydraopt.errors import DeniedError, ServiceError
 
 ProgressCallback = Callable[[int, int, str], None]
 """``progress(done, total, what)``."""
@@ -47,7 +47,7 @@ def progress(done: int, total: int, what: str) -> None:
 
 def _is_service_error(_task: Any, _run: Any, state: Any) -> bool:
     """Whether a failed run may end well on a second try. Bad input fails the same way each time."""
-    return isinstance(state.data, ServiceError)
+    return isinstance(state.data, ServiceError) and not isinstance(state.data, DeniedError)
 
 
 verb = functools.partial(

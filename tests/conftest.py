@@ -11,9 +11,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from managers import Manager
 from running_store import RunningStore, started_store
-from tiny_adapters import write_adapter
+from tiny_adapters import write_adapter, write_bundle
 
-import hydraopt
 from infra.object_store import ObjectStore
 from infra.settings import Settings
 
@@ -69,16 +68,9 @@ def adapter_folder(tmp_path: Path) -> Callable[[int], Path]:
 
 
 @pytest.fixture
-def bundle_folder(tmp_path: Path, adapter_folder: Callable[[int], Path]) -> Callable[[int], Path]:
+def bundle_folder(tmp_path: Path) -> Callable[[int], Path]:
     """``bundle_folder(seed)``: a merged bundle of the tasks ``a`` and ``b``."""
-
-    def make(seed: int) -> Path:
-        adapters = {"a": adapter_folder(seed), "b": adapter_folder(seed + 1000)}
-        out = tmp_path / f"bundle-{seed}-{os.urandom(3).hex()}"
-        hydraopt.merge(adapters, budget=0.9, device="cpu").save(out)
-        return out
-
-    return make
+    return lambda seed: write_bundle(tmp_path, seed)
 
 
 @pytest.fixture

@@ -127,12 +127,17 @@ def reconcile(output: Output) -> dict[str, Any]:
     """
     with connected(output):
         from flows.reconcile import reconcile as reconcile_flow
+        from tasks.standing import WRONG_VIEW
 
         result = reconcile_flow()
     for name, bundle in result["bundles"].items():
         output.show(_bundle_line(name, bundle))
     for one in result["released"]:
         output.show(live_line(one))
+    for name, showed in result["corrected_in_mlflow"].items():
+        output.show(
+            f"{name}: MLflow showed {showed[:12]} as live ({WRONG_VIEW}); it shows what is live again"
+        )
     if not result["bundles"]:
         output.show("no adapter is registered yet: see `hydraopt finetune` and `hydraopt ingest`")
     return result
@@ -156,7 +161,7 @@ def _show_services(output: Output, services: ServiceStatus) -> dict[str, Any]:
 def _bundles(output: Output) -> dict[str, Any]:
     """Desired against live, by bundle."""
     from infra.settings import Settings
-    from tasks.standing import standing
+    from tasks.standing import WRONG_VIEW, standing
 
     result = standing(Settings.load())
     table = Table("bundle", "adapters", "desired", "its state", "channel", "live", "up to date")
@@ -174,6 +179,12 @@ def _bundles(output: Output) -> dict[str, Any]:
             "yes" if one["up_to_date"] else "no",
         )
     output.show(table)
+    for name, one in result.items():
+        if one["mlflow_shows"] != one["live_bundle_id"]:
+            output.show(
+                f"{name}: MLflow shows {(one['mlflow_shows'] or 'nothing')[:12]} as live, devices get "
+                f"{(one['live_bundle_id'] or 'nothing')[:12]} ({WRONG_VIEW}): `hydraopt reconcile` corrects it"
+            )
     return result
 
 

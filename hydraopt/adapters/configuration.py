@@ -9,6 +9,7 @@ from typing import Any
 from hydraopt.adapters.name_patterns import matches
 from hydraopt.errors import AdapterFormatError
 from hydraopt.json_text import parse_object
+from hydraopt.own_files import own_file
 
 CONFIG_FILE = "adapter_config.json"
 _MAX_CONFIG_BYTES = 10_000_000
@@ -25,11 +26,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The parsed configuration of an adapter folder.
 
     Raises:
-        AdapterFormatError: If there is none, or it names no base model.
+        AdapterFormatError: If there is none, it names no base model, or it is a link that leads out of the folder.
     """
-    path = folder / CONFIG_FILE
     if not folder.is_dir():
         raise AdapterFormatError(f"{folder}: no such folder")
+    path = own_file(folder, CONFIG_FILE, AdapterFormatError)
     if not path.is_file():
         raise AdapterFormatError(f"{folder}: not a PEFT adapter folder: {CONFIG_FILE} is missing")
     if path.stat().st_size > _MAX_CONFIG_BYTES:

@@ -20,6 +20,7 @@ from hydraopt.adapters.tensor_file import TensorEntry, TensorFile
 from hydraopt.adapters.whole_tensors import MAGNITUDE, copied_module, is_saved, saved_modules
 from hydraopt.errors import AdapterFormatError, HydraoptError
 from hydraopt.finite import all_finite
+from hydraopt.own_files import own_file
 
 TENSOR_FILE = "adapter_model.safetensors"
 
@@ -185,7 +186,8 @@ def read_adapter(folder: str | Path) -> Adapter:
     config = read_config(folder)
     kind = find_kind(str(folder), config.get("peft_type"))
     check_settings(str(folder), config, kind.refused, kind.ignored)
-    if not (folder / TENSOR_FILE).is_file():
+    tensors = own_file(folder, TENSOR_FILE, AdapterFormatError)
+    if not tensors.is_file():
         pickles = sorted(path.name for path in folder.glob("*.bin")) + sorted(
             path.name for path in folder.glob("*.pt")
         )
@@ -195,7 +197,7 @@ def read_adapter(folder: str | Path) -> Adapter:
                 "Save the adapter again with `save_pretrained(..., safe_serialization=True)`."
             )
         raise AdapterFormatError(f"{folder}: not a PEFT adapter folder: {TENSOR_FILE} is missing")
-    file = TensorFile(folder / TENSOR_FILE, AdapterFormatError)
+    file = TensorFile(tensors, AdapterFormatError)
     try:
         contents = kind.read(Source(str(folder), config, file.entries, file.read))
     except HydraoptError:

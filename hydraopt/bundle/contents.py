@@ -286,7 +286,7 @@ class Bundle:
 
 
 def verify(path: str | Path) -> Manifest:
-    """Check a bundle directory: digests, shapes, finite values, no file too many.
+    """Check a bundle directory: digests, shapes, finite values, no file too many, no link that leads out of it.
 
     Raises:
         BundleError: Naming the first thing that is wrong.
@@ -297,7 +297,9 @@ def verify(path: str | Path) -> Manifest:
         if not is_finite:
             raise BundleError(f"{path}: {name} holds NaN or infinite values")
     known = {MANIFEST_FILE, *bundle.manifest.files()}
-    found = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()}
+    found = {
+        str(file.relative_to(path)) for file in path.rglob("*") if file.is_symlink() or not file.is_dir()
+    }
     if stray := sorted(found - known):
         raise BundleError(f"{path}: {stray[0]!r} is not listed in the manifest; a bundle holds nothing else")
     return bundle.manifest

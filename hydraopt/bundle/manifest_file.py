@@ -10,6 +10,7 @@ from hydraopt.bundle.layout import FAMILIES, MANIFEST_FILE, SCHEMA, Manifest, Mo
 from hydraopt.errors import BundleError, HydraoptError
 from hydraopt.json_text import parse_object
 from hydraopt.names import check_task_name
+from hydraopt.own_files import own_file
 from hydraopt.precision import PRECISIONS
 
 _MAX_MANIFEST_BYTES = 16_000_000  # thousands of tasks; a hundred megabytes would take many gigabytes to check
@@ -21,7 +22,7 @@ def read_manifest(path: Path) -> Manifest:
     Raises:
         BundleError: If it is missing, not canonical, contradicts itself, or was written by a newer version.
     """
-    file = path / MANIFEST_FILE
+    file = own_file(path, MANIFEST_FILE, BundleError)
     if not file.is_file():
         raise BundleError(f"{path}: not a bundle: {MANIFEST_FILE} is missing")
     if file.stat().st_size > _MAX_MANIFEST_BYTES:

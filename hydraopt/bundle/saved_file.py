@@ -21,6 +21,7 @@ from torch import Tensor
 from hydraopt.adapters.tensor_file import TensorFile
 from hydraopt.bundle.layout import FileEntry
 from hydraopt.errors import BundleError
+from hydraopt.own_files import own_file
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,9 @@ def read_saved(folder: Path, name: str, entry: FileEntry) -> tuple[dict[str, Ten
     """The tensors of a bundle's file: views of one buffer, whose digest was compared with the manifest's.
 
     Raises:
-        BundleError: If the file is missing, damaged, or no safetensors file.
+        BundleError: If the file is missing, a link that leads out of the folder, damaged, or no safetensors file.
     """
-    file = folder / name
+    file = own_file(folder, name, BundleError)
     if not file.is_file():
         raise BundleError(f"{folder}: {name} is missing")
     with file.open("rb", buffering=0) as handle:

@@ -68,6 +68,16 @@ def check_description(
     return record, makers(statement) | {who for version in recorded for who in version.made_by}
 
 
+def fingerprint_of(store: ObjectStore, name: str, bundle_id: str) -> str | None:
+    """The fingerprint of the adapter set that a bundle was merged from; None if it was not described yet.
+
+    Raises:
+        RecordError: If the record that says so is damaged.
+    """
+    record = read_record(store, name, bundle_id, "described")
+    return str(record.content["fingerprint"]) if record and "fingerprint" in record.content else None
+
+
 def stored_adapters(store: ObjectStore, manifest: Manifest) -> dict[str, AdapterVersion]:
     """The recorded version of each adapter of a bundle; one that has no record is left out."""
     return find_adapter_versions(store, manifest.base_model.name, manifest.adapters)

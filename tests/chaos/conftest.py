@@ -10,6 +10,8 @@ What is broken, one file each:
     test_killed_services.py     workers, a merge, Prefect, MLflow, PostgreSQL, SeaweedFS, alone and in pairs
     test_mlflow_faults.py       the wire again, to MLflow
     test_clock_jump.py          the clock of a client, days forward and back (needs libfaketime)
+    test_security_files.py      files from strangers, and links in their folders
+    test_security_servers.py    single bits of what vouches for a bundle; keys that may not do what they are used for
 
 What must hold afterwards is in invariants.py, and it is the same for all: the live version is a whole, signed,
 approved bundle; no version number is given twice; no blob is bad; nothing that was acknowledged is missing.

@@ -26,7 +26,7 @@ from hydraopt.evaluation.task_file import TaskFile
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "integration"))  # importlib mode adds no folder by itself
 
-from tiny_adapters import write_adapter
+from tiny_adapters import write_adapter, write_bundle
 
 MAY_GROW = 600 * 2**20  # bytes of address space: what the largest header that is read takes, and some room
 MAY_COMPUTE_S = (
@@ -191,6 +191,60 @@ def test_json_that_readers_would_not_agree_on_is_refused(tmp_path, text, words):
 def test_a_manifest_of_a_hundred_megabytes_is_not_parsed(tmp_path):
     (tmp_path / "manifest.json").write_bytes(b'{"modules":[' + b"[]," * 30_000_000 + b"1]}")
     check(lambda: hydraopt.verify(tmp_path), BundleError, "is no manifest")
+
+
+def move_out(path: Path, elsewhere: Path) -> None:
+    """Leave a link where the file or folder was."""
+    elsewhere.parent.mkdir(parents=True, exist_ok=True)
+    path.rename(elsewhere)
+    path.symlink_to(elsewhere)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_link_out_of_an_adapter_folder_is_not_followed(tmp_path, name):
+    """Else whoever sends a folder has us store what only we may read."""
+    folder = write_adapter(tmp_path / "adapter", 1)
+    move_out(folder / name, tmp_path / "private" / name)
+    with pytest.raises(AdapterFormatError, match=f"{name} is a link that leads out"):
+        hydraopt.read_adapter(folder)
+
+
+def test_links_inside_a_folder_and_those_of_the_hubs_cache_are_followed(tmp_path):
+    folder = write_adapter(tmp_path / "plain", 1)
+    digest = hydraopt.read_adapter(folder).digest
+    move_out(folder / "adapter_config.json", folder / "config.json")
+    assert hydraopt.read_adapter(folder).digest == digest
+    cached = write_adapter(tmp_path / "models--team--adapter" / "snapshots" / "abc", 1)
+    for number, file in enumerate(sorted(cached.iterdir())):
+        move_out(file, cached.parents[1] / "blobs" / f"{number:040x}")
+    assert hydraopt.read_adapter(cached).digest == digest
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("manifest.json", "manifest.json is a link that leads out"),
+        ("shared.safetensors", "shared.safetensors is a link that leads out"),
+        ("tasks", "a.safetensors is a link that leads out"),
+    ],
+)
+def test_a_link_out_of_a_bundle_is_not_followed(tmp_path, name, words):
+    bundle = write_bundle(tmp_path, 1)
+    hydraopt.verify(bundle)
+    move_out(bundle / name, tmp_path / "private" / name)
+    with pytest.raises(BundleError, match=words):
+        hydraopt.verify(bundle)
+
+
+@pytest.mark.parametrize("kind", ["link to a folder", "dead link", "pipe"])
+def test_what_is_no_file_is_one_too_many_in_a_bundle(tmp_path, kind):
+    bundle = write_bundle(tmp_path, 1)
+    if kind == "pipe":
+        os.mkfifo(bundle / "more")
+    else:
+        (bundle / "more").symlink_to(tmp_path if kind == "link to a folder" else tmp_path / "nothing")
+    with pytest.raises(BundleError, match="'more' is not listed"):
+        hydraopt.verify(bundle)
 
 
 LAUGHS = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ from hydraopt.errors import HydraoptError, RecordError, RefusedError
 from infra.approvers import Approvers
 from infra.blobs import BlobRef
 from infra.bundle_store import read_manifest
-from infra.channels import pointer_key
+from infra.channels import log_key, pointer_key
 from infra.device_pull import pull
 from infra.object_store import ObjectStore
 from infra.publishing import publish, rollback
@@ -180,7 +181,8 @@ def test_downgrade_to_what_was_never_approved_is_refused(manager, out):
     )
     key = pointer_key(manager.name, "stable")
     pointer = json.loads(manager.store.read(key)[0])
-    overwrite(manager, key, canonical(pointer | {"version": 9, "bundle_id": mine}))
+    for one in (key, log_key(manager.name, "stable", 1)):
+        overwrite(manager, one, canonical(pointer | {"version": 9, "bundle_id": mine}))
     with pytest.raises(RefusedError, match="not approved"):
         pulled(manager, out)
 
@@ -197,6 +199,46 @@ def test_damaged_bundle_on_the_device_is_repaired(manager, out, damage):
     done = pulled(manager, out)
     assert done.fetched_files == (0 if damage == "manifest" else 1)
     assert hydraopt.verify(out).id == bundle_id
+
+
+def test_nothing_is_written_through_a_link_on_the_device(manager, out, tmp_path):
+    bundle_id = release(manager, 1)
+    pulled(manager, out)
+    elsewhere = tmp_path / "elsewhere"
+    (out / "tasks").rename(elsewhere)
+    (out / "tasks").symlink_to(elsewhere)
+    (elsewhere / "a.safetensors").write_bytes(b"mine")
+    before = tree(elsewhere)
+    assert pulled(manager, out).fetched_files == 2
+    assert tree(elsewhere) == before
+    assert not (out / "tasks").is_symlink()
+    assert hydraopt.verify(out).id == bundle_id
+
+
+def test_a_manifest_that_names_a_file_outside_is_refused(manager, out):
+    """By somebody with the store's key: everything else about the bundle is as it should be."""
+    good = release(manager, 1)
+    text, _ = manager.store.read(manifest_key(manager.name, good))
+    forged = text.replace(b'"a":', b'"../../../evil":')
+    evil = hashlib.sha256(forged).hexdigest()
+    overwrite(manager, manifest_key(manager.name, evil), forged)
+    for state in ("described", "approved"):
+        overwrite(
+            manager,
+            record_key(manager.name, evil, state),
+            manager.store.read(record_key(manager.name, good, state))[0],
+        )
+    pointer = canonical(
+        json.loads(manager.store.read(pointer_key(manager.name, "stable"))[0]) | {"bundle_id": evil}
+    )
+    for key in (pointer_key(manager.name, "stable"), log_key(manager.name, "stable", 1)):
+        overwrite(manager, key, pointer)
+    overwrite(
+        manager, f"bundles/{manager.name}/versions/000001.json", canonical({"version": 1, "bundle_id": evil})
+    )
+    with pytest.raises(HydraoptError, match=r"task name '\.\./\.\./\.\./evil' is not allowed"):
+        pulled(manager, out)
+    assert not out.parent.exists()
 
 
 def test_interrupted_pull_goes_on_where_it_stopped(manager, out, monkeypatch):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import json
 import os
 import subprocess
 import sys
@@ -19,7 +17,6 @@ import pytest
 import infra
 from hydraopt.errors import HydraoptError, ServiceError
 from infra import local_services
-from infra.local_services import processes
 from infra.local_services.credentials import ensure_credentials
 from infra.object_store import ObjectStore
 from infra.settings import Settings
@@ -28,12 +25,12 @@ pytest.importorskip("prefect")
 
 import tiny_tasks
 from pipeline_home import production_pipeline
+from production_home import SERVICES, api, ask, everyone, role_variables
 
 psycopg2 = pytest.importorskip("psycopg2", reason="needs the extra `production`")
 
 pytestmark = pytest.mark.integration
 
-SERVICES = ("postgres", "store", "mlflow", "prefect", "worker-cpu", "worker-gpu")
 LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 TASKS = ("topic", "first")
 RUN_LIMIT_S = 150
@@ -74,22 +71,6 @@ def released(stack, reconciled):
     return reconciled
 
 
-def api(home: Path, path: str, body: Any = None, login: str | None = None) -> Any:
-    """Prefect's answer to our login, or to another one."""
-    settings = Settings.load(home)
-    login = settings.prefect_auth.get_secret_value() if login is None else login
-    return ask(f"{settings.prefect_api_url}/{path}", body, login)
-
-
-def ask(url: str, body: Any = None, login: str = "") -> Any:
-    request = urllib.request.Request(url, None if body is None else json.dumps(body).encode())
-    request.add_header("Content-Type", "application/json")
-    if login:
-        request.add_header("Authorization", f"Basic {base64.b64encode(login.encode()).decode()}")
-    with urllib.request.urlopen(request, timeout=20) as answer:
-        return json.load(answer)
-
-
 def run_deployment(home: Path, name: str) -> dict[str, Any]:
     """Start it as Prefect's page does, and wait for its end."""
     deployment = api(home, f"deployments/name/{name}/{name}")
@@ -107,23 +88,11 @@ def finished_runs(home: Path) -> set[str]:
     return {run["id"] for run in api(home, "flow_runs/filter", body)}
 
 
-def everyone(home: Path) -> list[psutil.Process]:
-    """Every process of the stack; PostgreSQL's children hide their variables and are found as children."""
-    leaders = [process for name in SERVICES for process in processes.family(processes.mark(home, name))]
-    return list({*leaders, *(child for leader in leaders for child in leader.children(recursive=True))})
-
-
 def store_as(home: Path, role: str, tmp_path: Path) -> ObjectStore:
     """The store with what stands in the role's file of variables."""
     return ObjectStore(Settings(home=tmp_path, **{
         name.removeprefix("HYDRAOPT_").lower(): value for name, value in role_variables(home, role).items()
     }))  # fmt: skip
-
-
-def role_variables(home: Path, role: str) -> dict[str, str]:
-    file = home / "roles" / f"{role}.env"
-    assert file.stat().st_mode & 0o777 == 0o600
-    return dict(line.split("=", 1) for line in file.read_text().splitlines())
 
 
 def test_every_service_is_healthy(stack):
@@ -291,19 +260,6 @@ def test_each_database_opens_to_its_own_user_and_password(stack):
             connect(name, "guessed", name)
     with pytest.raises(psycopg2.OperationalError, match="permission denied for database"):
         connect("mlflow", secrets["mlflow_database_password"], "prefect")
-
-
-def test_no_secret_is_in_a_log_or_a_command(stack, released):
-    """Last of those that use the servers: they have logged all they were asked."""
-    secrets = ensure_credentials(stack.home, production=True)
-    texts = {str(file): file.read_text(errors="replace") for file in (stack.home / "logs").iterdir()}
-    texts |= {f"process {process.pid}": " ".join(process.cmdline()) for process in everyone(stack.home)}
-    logged = api(stack.home, "logs/filter", {})
-    texts["Prefect's logs"] = json.dumps(logged)
-    texts["Prefect's runs"] = json.dumps(api(stack.home, "flow_runs/filter", {}))
-    assert logged
-    found = [(where, name) for where, text in texts.items() for name, key in secrets.items() if key in text]
-    assert found == []
 
 
 def test_a_restart_keeps_everything(stack, released):

@@ -251,11 +251,18 @@ def test_aliases_follow_releases_and_rollbacks(bundles, mlflow, unique_name):
         bundles.record_candidate(unique_name, digest(state), manifest("a"), report(digest(state), "a"))
     bundles.record_release(unique_name, digest("one"), 1)
     assert aliases() == {"candidate": 2, "champion": 1}
-    for _ in range(2):  # a repeat must not make the live one its own predecessor
-        bundles.record_release(unique_name, digest("two"), 2)
+    for _ in range(2):
+        bundles.record_release(unique_name, digest("two"), 2, before=digest("one"))
+        assert aliases() == {"candidate": 2, "champion": 2, "previous": 1}
+    assert bundles.shown(unique_name) == digest("two")
+    assert bundles.shown(unique_name, "canary") is None
+    mlflow.set_registered_model_alias(f"bundle.{unique_name}", "champion", "1")  # by hand
+    assert bundles.shown(unique_name) == digest("one")
+    bundles.record_release(unique_name, digest("two"), 2, before=digest("one"))
     assert aliases() == {"candidate": 2, "champion": 2, "previous": 1}
-    bundles.record_release(unique_name, digest("one"), 1)
+    bundles.record_release(unique_name, digest("one"), 1, before=digest("two"))
     assert aliases() == {"candidate": 2, "champion": 1, "previous": 2}
+    assert bundles.shown("nobody-" + unique_name) is None
 
 
 def test_a_lost_version_is_made_again_on_release(bundles, mlflow, unique_name):

@@ -82,6 +82,7 @@ class Pipeline:
         if self._child is not None:
             self._child.stdin.close()
             self._child.wait(timeout=60)
+            self._child = None
 
     def ask(self, child: subprocess.Popen[str], command: list[object]) -> Result:
         """Run one command in a process that :meth:`start` started."""

@@ -1,12 +1,15 @@
-"""Small adapters made without training."""
+"""Small adapters made without training, and bundles of them."""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import safetensors.torch
 import torch
+
+import hydraopt
 
 RANK, WIDTH = 4, 24
 
@@ -32,3 +35,10 @@ def write_adapter(folder: Path, seed: int) -> Path:
     (folder / "adapter_config.json").write_text(json.dumps(config))
     safetensors.torch.save_file(tensors, folder / "adapter_model.safetensors")
     return folder
+
+
+def write_bundle(folder: Path, seed: int) -> Path:
+    """A merged bundle of the tasks ``a`` and ``b`` in a new folder below ``folder``."""
+    place = folder / f"bundle-{seed}-{os.urandom(3).hex()}"
+    adapters = {task: write_adapter(place / task, seed + more) for task, more in (("a", 0), ("b", 1000))}
+    return hydraopt.merge(adapters, budget=0.9, device="cpu").save(place / "bundle")

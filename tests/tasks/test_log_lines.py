@@ -50,6 +50,23 @@ def test_a_line_names_bundle_set_and_id(settings, caplog):
     assert last["message"] == "something else"
 
 
+def test_how_a_run_ended_is_said_about_what_all_of_it_was_about(settings, monkeypatch):
+    """Prefect logs it when the flow's own code has been left."""
+    monkeypatch.setenv("PREFECT__RUNTIME__FLOW_RUN__ID", "r7")
+    with on_every_line(settings, whole_run=True, bundle="demo", fingerprint="ab" * 32):
+        pass
+    monkeypatch.setenv("PREFECT__RUNTIME__FLOW_RUN__ID", "r8")
+    with on_every_line(settings, bundle="one of several"):
+        pass
+    for run in ("r7", "r8"):
+        LOGGER.info("Finished in state Failed", extra={"flow_run_id": run})
+    LOGGER.info("no run")
+    failed, several, none = lines(settings)
+    assert (failed["bundle"], failed["fingerprint"]) == ("demo", "ab" * 32)
+    assert "bundle" not in several
+    assert "bundle" not in none
+
+
 def test_what_is_not_known_yet_is_left_out(settings):
     with on_every_line(settings, bundle="demo", fingerprint=None):
         LOGGER.info("waiting")

@@ -6,13 +6,18 @@ pytest.importorskip("prefect")
 
 from prefect.states import Failed
 
-from hydraopt.errors import BudgetError, ServiceError
+from hydraopt.errors import BudgetError, DeniedError, ServiceError
 from tasks.verb import _is_service_error, progress, reporting, verb
 
 
 @pytest.mark.parametrize(
     ("error", "again"),
-    [(ServiceError("down"), True), (BudgetError("too small"), False), (KeyError("bug"), False)],
+    [
+        (ServiceError("down"), True),
+        (DeniedError("no"), False),
+        (BudgetError("too small"), False),
+        (KeyError("bug"), False),
+    ],
 )
 def test_only_a_failed_server_is_asked_again(error, again):
     """Bad input fails the same way each time, and a bug too."""

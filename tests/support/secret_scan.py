@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 from production_home import api, everyone
 
 from infra.local_services import processes
@@ -66,13 +69,14 @@ class Secrets:
 
 def in_files(home: Path) -> Iterator[tuple[str, bytes]]:
     """Every file of a home but those that are made to hold keys: logs, databases, the store's volumes, caches."""
-    for path in sorted(home.rglob("*")):
-        name = str(path.relative_to(home))
-        if path.is_file() and name not in KEY_FILES:
-            try:
-                yield name, path.read_bytes()
-            except FileNotFoundError:  # a database drops files while it works
-                continue
+    for folder, _, files in os.walk(home):  # it passes over folders that go while it looks
+        for path in (Path(folder, file) for file in files):
+            name = str(path.relative_to(home))
+            if path.is_file() and name not in KEY_FILES:
+                try:
+                    yield name, path.read_bytes()
+                except FileNotFoundError:  # a database drops files while it works
+                    continue
 
 
 def in_store(store: ObjectStore) -> Iterator[tuple[str, bytes]]:
@@ -108,13 +112,15 @@ def in_mlflow(settings: Settings) -> Iterator[tuple[str, str]]:
 def in_commands(home: Path) -> Iterator[tuple[str, str]]:
     """Every process's command line, which each user of the machine may read."""
     for process in everyone(home):
-        yield f"command of process {process.pid}", " ".join(process.cmdline())
+        with contextlib.suppress(psutil.NoSuchProcess):  # databases and runners start short ones
+            yield f"command of process {process.pid}", " ".join(process.cmdline())
 
 
 def needless(home: Path, secrets: Secrets) -> Iterator[tuple[str, set[str]]]:
     """Secrets in the variables of a service, or of what it started, that it has no use for."""
     for service, needed in NEEDED.items():
         for process in processes.family(processes.mark(home, service)):
-            held = secrets.within("\n".join(process.environ().values()))
-            if held - needed:
-                yield service, held - needed
+            with contextlib.suppress(psutil.NoSuchProcess):
+                held = secrets.within("\n".join(process.environ().values()))
+                if held - needed:
+                    yield service, held - needed

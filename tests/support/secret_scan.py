@@ -72,11 +72,23 @@ def in_files(home: Path) -> Iterator[tuple[str, bytes]]:
     for folder, _, files in os.walk(home):  # it passes over folders that go while it looks
         for path in (Path(folder, file) for file in files):
             name = str(path.relative_to(home))
+            if _is_left_by_a_killed_runner(home, path):
+                continue
             if path.is_file() and name not in KEY_FILES:
                 try:
                     yield name, path.read_bytes()
                 except FileNotFoundError:  # a database drops files while it works
                     continue
+
+
+def _is_left_by_a_killed_runner(home: Path, path: Path) -> bool:
+    """Prefect hands a run its runner's variables in a file, and removes it; a runner killed meanwhile cannot.
+
+    Its folder is for its owner alone, who may read the variables in `credentials.json` as well.
+    """
+    folder = path.parent
+    is_one = folder.parent == home / "tmp" and folder.name.startswith("prefect-workspace-attempt-")
+    return is_one and folder.stat().st_mode & 0o077 == 0
 
 
 def in_store(store: ObjectStore) -> Iterator[tuple[str, bytes]]:

@@ -72,11 +72,10 @@ def in_files(home: Path) -> Iterator[tuple[str, bytes]]:
     for folder, _, files in os.walk(home):  # it passes over folders that go while it looks
         for path in (Path(folder, file) for file in files):
             name = str(path.relative_to(home))
-            if _is_left_by_a_killed_runner(home, path):
-                continue
             if path.is_file() and name not in KEY_FILES:
                 try:
-                    yield name, path.read_bytes()
+                    if not _is_left_by_a_killed_runner(home, path):
+                        yield name, path.read_bytes()
                 except FileNotFoundError:  # a database drops files while it works
                     continue
 

@@ -36,15 +36,14 @@ def merge_workers(settings: Settings) -> Iterator[Executor | None]:
         return
     kind = urlsplit(address).scheme
     check_listens("the cluster for merges", address, start="`dask scheduler` or `ray start --head`")
-    open_cluster = {"dask": _dask, "ray": _ray}[kind]
-    with open_cluster(_package(kind), address) as executor:
+    package, open_cluster = _CLUSTERS[kind]
+    with open_cluster(_imported(package, kind), address) as executor:
         yield executor
 
 
-def _package(kind: str) -> Any:
-    name = {"dask": "distributed", "ray": "ray"}[kind]
+def _imported(package: str, kind: str) -> Any:
     try:
-        return importlib.import_module(name)
+        return importlib.import_module(package)
     except ImportError:
         raise ServiceError(
             f"HYDRAOPT_MERGE_WORKERS names a cluster of {kind}, and its package is not installed here: "
@@ -66,6 +65,10 @@ def _dask(distributed: Any, address: str) -> Iterator[Executor]:
 def _ray(ray: Any, address: str) -> Iterator[Executor]:
     with ray.init(address, log_to_driver=False):
         yield _RayExecutor(ray)
+
+
+_CLUSTERS = {"dask": ("distributed", _dask), "ray": ("ray", _ray)}
+"""By the scheme of an address: the package that talks to such a cluster, and how it is opened."""
 
 
 class _RayExecutor(Executor):

@@ -147,7 +147,8 @@ class Adapter:
             ``up`` (d_out, rank) and ``down`` (rank, d_in), in the file's dtype where its kind stores factors and in
             float32 where it computes them, and the scaling.
         """
-        return KINDS[self.kind].parts(self.modules[module], self.file.read)
+        entry = self.modules[module]
+        return KINDS[self.kind].parts(entry, self.file.read_all(entry.tensors).__getitem__)
 
     def extra(self, tensor: str) -> Tensor:
         """One ``modules_to_save`` tensor, exactly as stored."""

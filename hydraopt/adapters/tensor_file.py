@@ -6,7 +6,9 @@ memory: a memory map would count every page ever touched as resident, and a merg
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
 import torch
@@ -67,20 +69,49 @@ class TensorFile:
 
     def read(self, name: str) -> Tensor:
         """The tensor ``name``, on the CPU, in the file's dtype, in memory of its own."""
-        entry = self.entries[name]
-        if entry.size == 0:
-            return torch.empty(entry.shape, dtype=entry.dtype)
-        buffer = torch.empty(entry.size, dtype=torch.uint8)
+        return self.read_all((name,))[name]
+
+    def read_all(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Some tensors, each as :meth:`read` gives it; neighbours in the file are read at once and share memory."""
+        entries = sorted(((name, self.entries[name]) for name in names), key=lambda pair: pair[1].begin)
+        spans: list[list[tuple[str, TensorEntry]]] = []
+        for name, entry in entries:
+            if (
+                spans
+                and _end(spans[-1]) == entry.begin
+                and not _offset(spans[-1], entry) % entry.dtype.itemsize
+            ):
+                spans[-1].append((name, entry))
+            else:
+                spans.append([(name, entry)])
+        tensors = {}
         with self.path.open("rb", buffering=0) as file:
-            file.seek(entry.begin)
-            got = 0
-            view = buffer.numpy().data
-            while got < entry.size:
-                count = file.readinto(view[got:])
-                if not count:
-                    raise self._error(f"{self.path}: the file was cut short while {name!r} was read")
-                got += count
-        return buffer.view(entry.dtype).view(entry.shape)
+            for span in spans:
+                begin = span[0][1].begin
+                file.seek(begin)
+                data = self._read_bytes(file, _end(span) - begin, span[0][0])
+                for name, entry in span:
+                    part = data[entry.begin - begin :][: entry.size]
+                    tensors[name] = part.view(entry.dtype).view(entry.shape)
+        return tensors
+
+    def _read_bytes(self, file: FileIO, size: int, name: str) -> Tensor:
+        buffer = torch.empty(size, dtype=torch.uint8)
+        view, got = buffer.numpy().data, 0
+        while got < size:
+            count = file.readinto(view[got:])
+            if not count:
+                raise self._error(f"{self.path}: the file was cut short while {name!r} was read")
+            got += count
+        return buffer
+
+
+def _end(span: Sequence[tuple[str, TensorEntry]]) -> int:
+    return span[-1][1].begin + span[-1][1].size
+
+
+def _offset(span: Sequence[tuple[str, TensorEntry]], entry: TensorEntry) -> int:
+    return entry.begin - span[0][1].begin
 
 
 def _read_header(path: Path, error: type[HydraoptError]) -> tuple[bytes, dict[str, TensorEntry]]:

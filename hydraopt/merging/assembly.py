@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -279,9 +280,13 @@ class _Flat:
 
     def append(self, blocks: Iterable[Tensor]) -> None:
         """Write some more."""
-        for block in blocks:
-            self._flat[self._filled : self._filled + block.numel()] = block.view(-1)
-            self._filled += block.numel()
+        parts = [block.numpy().reshape(-1) for block in blocks]
+        if parts:
+            end = self._filled + sum(part.size for part in parts)
+            np.concatenate(
+                parts, out=self._flat.numpy()[self._filled : end]
+            )  # a tenth of a slice's cost each in torch
+            self._filled = end
 
     def whole(self) -> Tensor:
         """All of it.

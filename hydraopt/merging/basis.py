@@ -67,16 +67,30 @@ def stacked_directions(problem: ModuleProblem) -> tuple[Tensor, Tensor]:
 
     Both in float64; what is rounding noise is left out.
     """
+    values, vectors = torch.linalg.eigh(_stacked_gram(problem))
+    values = _above_noise(problem, values.flip(-1))
+    return values, vectors.flip(-1)[:, : len(values)]
+
+
+def stacked_energies(problem: ModuleProblem) -> Tensor:
+    """The eigenvalues alone, as of :func:`stacked_directions`: a third of the time."""
+    return _above_noise(problem, torch.linalg.eigvalsh(_stacked_gram(problem)).flip(-1))
+
+
+def _stacked_gram(problem: ModuleProblem) -> Tensor:
+    """Gram matrix of the stacked ``sqrt(w_k) T_k``, (K r, K r) in float64."""
     tasks, rank, _ = problem.downs.shape
     gram = (problem.downs.flatten(0, 1) @ problem.measured_downs.flatten(0, 1).mT).double()
     cores = _weighted_cores(problem)
     half = (cores @ gram.view(tasks, rank, -1)).view(tasks * rank, tasks, rank).transpose(0, 1)  # core G
     full = (half @ cores.mT).transpose(0, 1).reshape(tasks * rank, tasks * rank)  # core G core^T
-    values, vectors = torch.linalg.eigh((full + full.mT) / 2)
-    values, vectors = values.flip(-1), vectors.flip(-1)
-    noise = 8 * tasks * rank * torch.finfo(problem.downs.dtype).eps
-    count = int((values > noise * values[:1].clamp_min(torch.finfo(torch.float64).tiny)).sum())
-    return values[:count], vectors[:, :count]
+    return (full + full.mT) / 2
+
+
+def _above_noise(problem: ModuleProblem, values: Tensor) -> Tensor:
+    """The descending eigenvalues that are more than rounding."""
+    noise = 8 * len(values) * torch.finfo(problem.downs.dtype).eps
+    return values[: int((values > noise * values[:1].clamp_min(torch.finfo(torch.float64).tiny)).sum())]
 
 
 def combined_rows(problem: ModuleProblem, combinations: Tensor) -> Tensor:

@@ -23,42 +23,38 @@ class DenseForms:
     Args:
         recipe: How to merge.
         assembly: Knows the modules.
-        load: Reads a module.
         sharing: How tasks share heads, None for one each.
     """
 
     recipe: Recipe
     assembly: Assembly
-    load: Callable[[str], ModuleProblem]
     sharing: SharedHeads | None
 
     @classmethod
-    def of(
-        cls, recipe: Recipe, assembly: Assembly, load: Callable[[str], ModuleProblem], size: int | None
-    ) -> DenseForms:
+    def of(cls, recipe: Recipe, assembly: Assembly, size: int | None) -> DenseForms:
         """With groups chosen for the rank asked for, or the one that ``size`` bytes of factors will about allow."""
         if recipe.heads is None or recipe.heads >= len(assembly.tasks):
-            return cls(recipe, assembly, load, None)
+            return cls(recipe, assembly, None)
         rank = recipe.rank
         if size is not None:
             rank = 1
             while rank < MAX_SHARED_RANK and _dense_bytes(recipe, assembly, rank + 1) <= size:
                 rank += 1
-        return cls(recipe, assembly, load, SharedHeads(recipe.heads, rank, recipe.seed))
+        return cls(recipe, assembly, SharedHeads(recipe.heads, rank, recipe.seed))
 
-    def options(self, name: str) -> list[Option]:
-        """Ways to store a module in which some task changes something, by rank."""
+    def options(self, name: str, load: Callable[[], ModuleProblem]) -> list[Option]:
+        """Ways to store a module in which some task changes something, by rank; ``load`` reads it."""
         if self.recipe.method == "gradient":
-            return self._fitted(name)
-        return dense_options(self.load(name), self.recipe.rank, self.recipe.precisions, self.sharing)
+            return self._fitted(name, load)
+        return dense_options(load(), self.recipe.rank, self.recipe.precisions, self.sharing)
 
-    def _fitted(self, name: str) -> list[Option]:
+    def _fitted(self, name: str, load: Callable[[], ModuleProblem]) -> list[Option]:
         shape, ranks = self.assembly.shape(name), self.assembly.ranks(name)
         largest = largest_rank(len(ranks) * max(ranks), shape[1], self.recipe.rank)
         tried = range(1 if self.recipe.rank is None else largest, largest + 1)
         grouped = None
         if self.sharing is not None and len(ranks) > self.sharing.heads:
-            grouped = group_tasks(self.load(name), self.sharing, 0)
+            grouped = group_tasks(load(), self.sharing, 0)
         groups = None if grouped is None else grouped.groups
         return fitted_options(self.recipe, shape, len(ranks), groups, tried)
 

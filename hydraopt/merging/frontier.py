@@ -78,7 +78,7 @@ def frontier(
     refused: BudgetError | None = None
     for recipe in recipes:
         one = run.under(recipe)
-        modules = one.trace() if recipe.method == "paper" else traced[recipe.precisions]
+        modules = one.trace_dense_curve() if recipe.method == "paper" else traced[recipe.precisions]
         for budget in budgets:
             wanted = make_recipe(**(recipe.model_dump() | {"budget": budget}))
             try:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from hydraopt.merging.basis import combined_rows, compact, stacked_directions
 from hydraopt.merging.option import Floats, Ints
-from hydraopt.merging.problem import ModuleProblem
+from hydraopt.merging.problem import Grams, ModuleProblem
 from hydraopt.merging.refit import left_directions
 
 FEW_ROWS = 320
@@ -169,6 +169,7 @@ def _weighted_alike(problem: ModuleProblem, tasks: Ints) -> ModuleProblem:
         weights=torch.where(weights > 0, weights, least),
         ups=problem.ups if len(tasks) == len(problem.tasks) else problem.ups[tasks],
         downs=problem.downs if len(tasks) == len(problem.tasks) else problem.downs[tasks],
+        known=Grams(problem.grams.up[tasks], problem.grams.down[tasks]),
     )
 
 

@@ -26,6 +26,17 @@ SMALL_PROBLEM = 1 << 21
 
 
 @dataclass(frozen=True)
+class Grams:
+    """Products of the factors with themselves, as kept from one reading of a module to the next.
+
+    In the work dtype they were multiplied in, which loses nothing; the same tasks in the same order.
+    """
+
+    up: Tensor  # (K, r, r): B_k^T B_k
+    down: Tensor  # (K, r, r): A_k C A_k^T
+
+
+@dataclass(frozen=True)
 class ModuleProblem:
     """One linear module of all tasks that update it, scaling folded into ``ups``.
 
@@ -40,6 +51,7 @@ class ModuleProblem:
     ranks: tuple[int, ...]  # r_k before padding
     metric: Tensor | None = None  # (d_in, d_in): C, None for the identity
     is_bfloat16: bool = False  # whether every number of the factors but the scaling is a bfloat16
+    known: Grams | None = None  # from an earlier reading
 
     @property
     def d_out(self) -> int:
@@ -52,14 +64,19 @@ class ModuleProblem:
         return self.downs.shape[2]
 
     @cached_property
+    def grams(self) -> Grams:
+        """Products of the factors with themselves."""
+        return self.known or Grams(self.ups.mT @ self.ups, self.downs @ self.measured_downs.mT)
+
+    @cached_property
     def up_gram(self) -> Tensor:
         """``B_k^T B_k`` (K, r, r), float64."""
-        return (self.ups.mT @ self.ups).double()
+        return self.grams.up.double()
 
     @cached_property
     def down_gram(self) -> Tensor:
         """``A_k C A_k^T`` (K, r, r), float64."""
-        return (self.downs @ self.measured_downs.mT).double()
+        return self.grams.down.double()
 
     @cached_property
     def measured_downs(self) -> Tensor:
@@ -111,7 +128,8 @@ class ModuleProblem:
         """
         if self.metric is not None:
             raise ValueError("a problem with a metric has no mirror image")
-        return replace(self, ups=self.downs.mT, downs=self.ups.mT)
+        known = Grams(self.grams.down, self.grams.up)
+        return replace(self, ups=self.downs.mT, downs=self.ups.mT, known=known)
 
 
 def module_names(adapters: Mapping[str, Adapter]) -> tuple[str, ...]:
@@ -125,6 +143,8 @@ def load_module(
     weights: Mapping[str, float],
     device: torch.device,
     metric: Tensor | None = None,
+    *,
+    known: Grams | None = None,
 ) -> ModuleProblem:
     """Read one module of all adapters that have it.
 
@@ -134,6 +154,7 @@ def load_module(
         weights: w_k by task name.
         device: Where to compute.
         metric: Second moment of the module's inputs (d_in, d_in), or None.
+        known: Products of the same factors, from an earlier reading.
 
     Raises:
         AdapterMismatchError: If the metric is of another size.
@@ -166,6 +187,7 @@ def load_module(
         ranks=tuple(spec.rank for spec in specs),
         metric=None if metric is None else metric.to(device, dtype),
         is_bfloat16=stored == {torch.bfloat16} and dtype == torch.float32,
+        known=known,
     )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hydraopt.adapters import Adapter
 from hydraopt.adapters.known_digests import hashed
+from hydraopt.adapters.lora import LoraKind
 from hydraopt.bundle.contents import Bundle
 from hydraopt.errors import BudgetError
 from hydraopt.merging import separate
@@ -34,10 +35,10 @@ from hydraopt.merging.budget import (
     within_error,
 )
 from hydraopt.merging.dense_forms import DenseForms
-from hydraopt.merging.families import OUTPUT_SIDE, Search, shared_options, worthwhile
+from hydraopt.merging.families import OUTPUT_SIDE, Search, dense_curve, shared_options, worthwhile
 from hydraopt.merging.option import Choice, Floats, Option, StoredModule
 from hydraopt.merging.parallel import in_order
-from hydraopt.merging.problem import ModuleProblem, load_module, module_names
+from hydraopt.merging.problem import Grams, ModuleProblem, load_module, module_names
 from hydraopt.merging.products import bfloat16_products
 from hydraopt.merging.recipe import ONE_FOR_ALL, Recipe
 
@@ -94,17 +95,18 @@ class MergeRun:
         self.modules = module_names(adapters)
         self.dtype: torch.dtype = getattr(torch, recipe.dtype)
         self.assembly = Assembly(adapters, recipe, self.modules)
+        self._grams: dict[str, Grams] = {}  # by module, once the tasks were weighed
 
     def __getstate__(self) -> dict[str, object]:
-        """What a worker elsewhere needs: not who is told of the progress, nor the executor itself."""
-        return {**self.__dict__, "progress": None, "executor": None}
+        """What a worker elsewhere needs: not who is told of the progress, nor the executor, nor grams of modules."""
+        return {**self.__dict__, "progress": None, "executor": None, "_grams": {}}
 
     def under(self, recipe: Recipe) -> MergeRun:
         """The same set under another recipe with the same relative weights; what was found of the tasks is kept."""
         other = MergeRun(
             self.adapters, recipe, self.device, self.progress, self.metrics, executor=self.executor
         )
-        other.__dict__["_spectra"] = self._spectra
+        other.__dict__["_spectra"], other._grams = self._spectra, self._grams
         return other
 
     def run(self) -> Bundle:
@@ -130,12 +132,15 @@ class MergeRun:
     @cached_property
     def _spectra(self) -> dict[str, dict[str, Floats]]:
         """By module and task the squared singular values of the update, descending."""
-        found = self._each(self._module_spectra, self.modules, "weigh the tasks")
-        return dict(zip(self.modules, found, strict=True))
+        spectra = {}
+        weighed = self._each(self._weigh, self.modules, "weigh the tasks")
+        for name, (found, grams) in zip(self.modules, weighed, strict=True):
+            spectra[name], self._grams[name] = found, grams
+        return spectra
 
-    def _module_spectra(self, name: str) -> dict[str, Floats]:
-        problem = self._loaded(name, dict.fromkeys(self.tasks, 1.0))
-        return dict(zip(problem.tasks, separate.spectra(problem), strict=True))
+    def _weigh(self, name: str) -> tuple[dict[str, Floats], Grams]:
+        problem = self._loaded(name, dict.fromkeys(self.tasks, 1.0), None)
+        return dict(zip(problem.tasks, separate.spectra(problem), strict=True)), problem.grams
 
     @cached_property
     def weights(self) -> dict[str, float]:
@@ -194,16 +199,34 @@ class MergeRun:
         traced = self._trace_all(frozenset(self.recipe.families), precisions, any_price=True)
         return [PricedModules(column, self.prices) for column in zip(*traced, strict=True)]
 
+    def trace_dense_curve(self) -> PricedModules:
+        """As :meth:`trace` of the paper's form with a head for each task, for sizes and errors alone."""
+        _ = self.weights
+
+        def options(item: tuple[str, Grams]) -> ModuleCurves:
+            name, grams = item
+            own = self._own_option(name)
+            is_changed = own.heads.energies.any()
+            dense = dense_curve(self._load(name, grams), self.recipe.precisions) if is_changed else []
+            return ModuleCurves.unpriced([own, *dense])
+
+        found = self._each(options, list(self._grams.items()), "trace the curves")
+        return PricedModules(list(found), np.empty(0))
+
     def _dense_options(self) -> list[list[Option]]:
         _ = self.weights
         size = None if self.recipe.budget is None else self._most_factor_bytes(self.recipe)
-        forms = DenseForms.of(self.recipe, self.assembly, self._load, size)
+        forms = DenseForms.of(self.recipe, self.assembly, size)
 
-        def options(name: str) -> list[Option]:
+        def options(item: tuple[str, Grams]) -> list[Option]:
+            name, grams = item
             own = self._own_option(name)
-            return [own, *(forms.options(name) if own.heads.energies.any() else [])]
+            return [
+                own,
+                *(forms.options(name, lambda: self._load(name, grams)) if own.heads.energies.any() else []),
+            ]
 
-        return list(self._each(options, self.modules, "trace the curves"))
+        return list(self._each(options, list(self._grams.items()), "trace the curves"))
 
     def _trace_all(
         self, families: frozenset[str], precisions: Sequence[tuple[int, ...]], *, any_price: bool = False
@@ -232,12 +255,13 @@ class MergeRun:
     def _trace(
         self, searches: Mapping[str, Search], precisions: Sequence[tuple[int, ...]]
     ) -> list[list[ModuleCurves]]:
-        def curves(item: tuple[str, Search]) -> list[ModuleCurves]:
-            name, search = item
-            options = [self._own_option(name), *self._shared_options(name, search)]
+        def curves(item: tuple[str, Search, Grams]) -> list[ModuleCurves]:
+            name, search, grams = item
+            options = [self._own_option(name), *self._shared_options(name, search, grams)]
             return [ModuleCurves.of([one.at(bits) for one in options], self.prices) for bits in precisions]
 
-        return list(self._each(curves, list(searches.items()), "trace the curves"))
+        work = [(name, search, self._grams[name]) for name, search in searches.items()]
+        return list(self._each(curves, work, "trace the curves"))
 
     def _price_window(self, curves: Sequence[ModuleCurves], names: Sequence[str]) -> slice:
         """The two prices between which these modules alone would take their share of the budget or error."""
@@ -262,10 +286,10 @@ class MergeRun:
             energies[k, : len(spectrum)] = self.weights[task] * spectrum
         return separate.option(energies, self.assembly.shape(name), self.recipe.precisions)
 
-    def _shared_options(self, name: str, search: Search) -> list[Option]:
+    def _shared_options(self, name: str, search: Search, grams: Grams) -> list[Option]:
         if search.families <= {separate.NAME} or len(self._spectra[name]) == 1:
             return []
-        return shared_options(self._load(name), search.families, self.recipe.precisions, search.most)
+        return shared_options(self._load(name, grams), search.families, self.recipe.precisions, search.most)
 
     def solve(self, curves: PricedModules, recipe: Recipe) -> list[Choice]:
         """What every module stores under ``recipe``.
@@ -349,36 +373,41 @@ class MergeRun:
     def _build(self, choices: Sequence[Choice]) -> Iterator[StoredModule]:
         _ = self.weights  # needed before the first module
 
-        def build(item: tuple[str, Choice]) -> StoredModule:
-            name, choice = item
-            problem = self._load(name)
+        def build(item: tuple[str, Choice, Grams | None]) -> StoredModule:
+            name, choice, grams = item
+            problem = self._load(name, grams)
             stored = choice.option.solution.build(problem, choice.levels, self.recipe.precisions, self.dtype)
             check_range(name, self.dtype, stored)
             return stored
 
-        work = list(zip(self.modules, choices, strict=True))
+        grams = [self._grams.get(name) for name in self.modules]
+        work = list(zip(self.modules, choices, grams, strict=True))
         stored = self._each(build, work, "build the heads", exact=True)
         if self.recipe.method in ONE_FOR_ALL:
             stored = refuse_zero_adapters(stored, self.recipe.method)
         return stored
 
-    def _load(self, name: str) -> ModuleProblem:
-        return self._loaded(name, self.weights)
+    def _load(self, name: str, grams: Grams | None) -> ModuleProblem:
+        return self._loaded(name, self.weights, grams)
 
-    def _loaded(self, name: str, weights: Mapping[str, float]) -> ModuleProblem:
-        problem = load_module(name, self.adapters, weights, self.device, self.metrics.get(name))
+    def _loaded(self, name: str, weights: Mapping[str, float], grams: Grams | None) -> ModuleProblem:
+        problem = load_module(name, self.adapters, weights, self.device, self.metrics.get(name), known=grams)
         check_finite(problem, self.adapters)
         return problem
 
     @cached_property
     def _is_bfloat16(self) -> bool:
-        """Whether all that is read are bfloat16 numbers."""
-        dtypes = {
-            adapter.file.entries[name].dtype
-            for adapter in self.adapters.values()
-            for name in adapter.file.entries
-        }
-        return dtypes == {torch.bfloat16} and not self.metrics
+        """Whether all factors are bfloat16 numbers: stored as such, not computed, and scaled by powers of two."""
+        dtypes, scalings = set(), set()
+        for adapter in self.adapters.values():
+            dtypes |= {entry.dtype for entry in adapter.file.entries.values()}
+            scalings |= {module.scaling for module in adapter.modules.values()}
+        exact = dtypes == {torch.bfloat16} and all(abs(math.frexp(scaling)[0]) == 0.5 for scaling in scalings)
+        return (
+            exact
+            and {adapter.kind for adapter in self.adapters.values()} == {LoraKind.name}
+            and not self.metrics
+        )
 
     def _each(
         self, function: Callable[[Item], Result], items: Sequence[Item], what: str, *, exact: bool = False

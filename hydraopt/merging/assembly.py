@@ -119,10 +119,25 @@ class Assembly:
         def measured(choices: Sequence[Choice]) -> int:
             for name, choice in zip(self.modules, choices, strict=True):
                 if name not in known or known[name][0] is not choice:
-                    known[name] = choice, self._entry_bytes(self._chosen(name, choice))
+                    known[name] = choice, self._chosen_bytes(name, choice)
             return self._frame_bytes + sum(length for _, length in known.values())
 
         return measured
+
+    def _chosen_bytes(self, name: str, choice: Choice) -> int:
+        """Bytes of a module's entry in the manifest: what changes from price to price are its counts."""
+        option = choice.option
+        shared, counts, _ = self._counts(name, choice)
+        changing = len(canonical_json(shared)) + len(canonical_json(counts))
+        key = name, option.family, option.groups
+        if key not in self._constant_bytes:
+            self._constant_bytes[key] = self._entry_bytes(self._chosen(name, choice)) - changing
+        return self._constant_bytes[key] + changing
+
+    @cached_property
+    def _constant_bytes(self) -> dict[tuple[str, str, tuple[int, ...] | None], int]:
+        """Bytes of an entry beside its counts, by module, family and groups."""
+        return {}
 
     @cached_property
     def _frame_bytes(self) -> int:
@@ -145,17 +160,21 @@ class Assembly:
         return [self._chosen(name, choice) for name, choice in zip(self.modules, choices, strict=True)]
 
     def _chosen(self, name: str, choice: Choice) -> ModuleEntry:
-        option, has = choice.option, self._has[name]
+        shared, counts, groups = self._counts(name, choice)
+        return self._entry(name, choice.option.family, shared, counts, groups)
+
+    def _counts(
+        self, name: str, choice: Choice
+    ) -> tuple[tuple[Counts, ...], list[Counts | None], tuple[int, ...]]:
+        """How many vectors are kept at each precision, per shared factor and per task; and the tasks' groups."""
+        groups, has = choice.option.groups, self._has[name]
         shared, heads = choice.counts(len(self.recipe.precisions))
-        groups: tuple[int, ...] = ()
-        if option.groups is None:
+        if groups is None:
             rows = iter(heads)
-            counts = [next(rows) if present else None for present in has]
-        else:
-            members = iter(option.groups)
-            groups = tuple(next(members) if present else -1 for present in has)
-            counts = [heads[group] if group >= 0 else None for group in groups]
-        return self._entry(name, option.family, shared, counts, groups)
+            return shared, [next(rows) if present else None for present in has], ()
+        members = iter(groups)
+        own = tuple(next(members) if present else -1 for present in has)
+        return shared, [heads[group] if group >= 0 else None for group in own], own
 
     @cached_property
     def _has(self) -> dict[str, list[bool]]:

@@ -68,15 +68,39 @@ def clean_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
 
 
-def executor_variables(home: Path) -> dict[str, str]:
+def executor_variables(home: Path, name: str) -> dict[str, str]:
     """What a process that executes flows needs to know of this machine.
 
-    It imports the same code wherever it is started, and keeps its temporary files below the home: Prefect's folder
-    in a shared one belongs to whoever used it first.
+    It imports the same code wherever it is started, and keeps its temporary files in a folder of its own below the
+    home: Prefect's folder in a shared one belongs to whoever used it first.
     """
     given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     paths = [str(_CODE), *(str(Path(path).absolute()) for path in given if path)]
-    return {"PYTHONPATH": os.pathsep.join(paths), "TMPDIR": str(home / TEMPORARY_FOLDER)}
+    return {"PYTHONPATH": os.pathsep.join(paths), "TMPDIR": str(_temporary_folder(home, name))}
+
+
+def empty_temporary_folder(home: Path, name: str) -> None:
+    """Make an executor's folder of temporary files, without what an earlier one left. None may be running.
+
+    One that was killed cannot remove its files; Prefect's runner keeps a run's variables there, keys among them.
+
+    Raises:
+        ServiceError: If something in it cannot be removed.
+    """
+    folder = _temporary_folder(home, name)
+    try:
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, mode=0o700)
+    except OSError as error:
+        raise ServiceError(
+            f"{folder} cannot be emptied ({error.strerror}): it holds what a killed {name} left; remove it, "
+            "then run `hydraopt up` again"
+        ) from None
+
+
+def _temporary_folder(home: Path, name: str) -> Path:
+    return home / TEMPORARY_FOLDER / name
 
 
 def installed(name: str, title: str, package: str) -> str:

@@ -13,6 +13,7 @@ from infra.local_services.definition import (
     Definition,
     bare_environment,
     clean_environment,
+    empty_temporary_folder,
     executor_variables,
     installed,
 )
@@ -144,7 +145,7 @@ def runner(settings: Settings) -> Definition:
     address = (settings.prefect_api_url or "").removesuffix("/api")
     variables = {
         **settings.environment(),
-        **executor_variables(settings.home),
+        **executor_variables(settings.home, "runner"),
         MARK: mark(settings.home, "runner"),
     }
     inherited = dict(os.environ)
@@ -157,6 +158,7 @@ def runner(settings: Settings) -> Definition:
         variables,
         inherited,
         lambda started: health.check_runner(address, started),
+        prepare=lambda: empty_temporary_folder(settings.home, "runner"),
     )
 
 

@@ -14,6 +14,7 @@ from infra.local_services.definition import (
     Definition,
     bare_environment,
     clean_environment,
+    empty_temporary_folder,
     executor_variables,
     installed,
 )
@@ -142,7 +143,8 @@ def _worker(here: Place, settings: Settings, name: str) -> Definition:
     blueprint = production.worker(here, settings, pool)
     address = (settings.prefect_api_url or "").removesuffix("/api")
     login = settings.prefect_auth.get_secret_value() if settings.prefect_auth is not None else None
-    variables = {**blueprint.variables, **executor_variables(settings.home), MARK: mark(settings.home, name)}
+    home = settings.home
+    variables = {**blueprint.variables, **executor_variables(home, name), MARK: mark(home, name)}
     return Definition(
         name,
         None,
@@ -150,4 +152,5 @@ def _worker(here: Place, settings: Settings, name: str) -> Definition:
         variables,
         clean_environment(),
         lambda started: health.check_worker(address, name, pool, started, login),
+        prepare=lambda: empty_temporary_folder(home, name),
     )

@@ -14,6 +14,7 @@ import pytest
 
 from hydraopt.errors import HydraoptError, ServiceError
 from infra.local_services import down, ports, processes, status
+from infra.local_services.definition import empty_temporary_folder
 from infra.local_services.state import Record, Records
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
@@ -120,6 +121,18 @@ def test_stopping_reaches_what_a_killed_leader_left_behind(home):
     wait_until(lambda: processes.MARK in child.environ(), "child has not begun")
     assert processes.stop(None, processes.mark(home, "mlflow"), grace_s=5)
     assert processes.gone([child], 0)
+
+
+def test_an_executor_starts_without_what_a_killed_one_left(home):
+    left = home / "tmp" / "runner" / "prefect-workspace-attempt-1"
+    other = home / "tmp" / "worker-cpu" / "prefect-workspace-attempt-2"
+    for folder in (left, other):
+        folder.mkdir(parents=True)
+        (folder / "workspace.json").write_text("variables of a run, keys among them")
+    empty_temporary_folder(home, "runner")
+    assert not left.exists()
+    assert (left.parent.stat().st_mode & 0o777, list(left.parent.iterdir())) == (0o700, [])
+    assert (other / "workspace.json").is_file()  # another one's, which may be running
 
 
 def test_what_ignores_sigterm_is_killed(home):

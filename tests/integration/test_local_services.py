@@ -219,6 +219,8 @@ def test_killed_services_come_back_alone_with_their_data_from_two_ups_at_once(ho
     """MLflow's first process leaves a second one behind that holds the port and the database."""
     before, settings = pids(home), Settings.load(home)
     ObjectStore(settings).create("kept", b"over a kill")
+    left = home / "tmp" / "runner" / "prefect-workspace-attempt-of-a-run"
+    left.mkdir()
     kill(home, "store", "mlflow", "runner")
     assert not status(home)["store"].healthy
     both = [up_in_another_process(home) for _ in range(2)]
@@ -228,6 +230,7 @@ def test_killed_services_come_back_alone_with_their_data_from_two_ups_at_once(ho
     assert status(home).healthy
     assert Settings.load(home) == settings  # the same addresses and keys
     assert ObjectStore(settings).read("kept")[0] == b"over a kill"
+    assert not left.exists()  # nobody else removes what a killed runner left
     leaders = [process for process in everyone(home) if process.pid in after.values()]
     assert len(leaders) == 4
     assert sum("uvicorn" in " ".join(process.cmdline()) for process in everyone(home)) == 1

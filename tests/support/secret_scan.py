@@ -74,19 +74,20 @@ def in_files(home: Path) -> Iterator[tuple[str, bytes]]:
             name = str(path.relative_to(home))
             if path.is_file() and name not in KEY_FILES:
                 try:
-                    if not _is_left_by_a_killed_runner(home, path):
+                    if not _is_of_a_run(home, path):
                         yield name, path.read_bytes()
                 except FileNotFoundError:  # a database drops files while it works
                     continue
 
 
-def _is_left_by_a_killed_runner(home: Path, path: Path) -> bool:
-    """Prefect hands a run its runner's variables in a file, and removes it; a runner killed meanwhile cannot.
+def _is_of_a_run(home: Path, path: Path) -> bool:
+    """Prefect hands a run its runner's variables in a file, and removes it with the run; a killed runner cannot.
 
-    Its folder is for its owner alone, who may read the variables in `credentials.json` as well.
+    Its folder is for its owner alone, who may read the variables in `credentials.json` as well, and is emptied when
+    the executor is started again.
     """
     folder = path.parent
-    is_one = folder.parent == home / "tmp" and folder.name.startswith("prefect-workspace-attempt-")
+    is_one = folder.parent.parent == home / "tmp" and folder.name.startswith("prefect-workspace-attempt-")
     return is_one and folder.stat().st_mode & 0o077 == 0
 
 

@@ -12,10 +12,10 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hydraopt.adapters.peft_folder import CONFIG_FILE, TENSOR_FILE, read_adapter
+from hydraopt.atomic_files import sync_folder
 from hydraopt.errors import HydraoptError, RecordError
 from hydraopt.json_text import parse_object
 from hydraopt.names import check_name, check_task_name, slug
-from infra.atomic_files import sync_folder
 from infra.blobs import BlobRef, Digest, measure
 from infra.object_store import ObjectStore
 from infra.records import canonical, check_digest, create_json, read_json

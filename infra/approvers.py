@@ -12,10 +12,10 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
+from hydraopt.atomic_files import write_atomically
 from hydraopt.errors import RecordError
 from hydraopt.names import check_name
 from infra.approval_policy import ANYBODY, ApprovalPolicy, ApprovalTerms
-from infra.atomic_files import write_atomically
 from infra.pipeline_spec import load_specs
 from infra.signatures import key_id, load_public_key, public_key_pem
 

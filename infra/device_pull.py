@@ -18,12 +18,12 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field
 
 import hydraopt
+from hydraopt.atomic_files import sync_folder, write_atomically
 from hydraopt.bundle.layout import MANIFEST_FILE, FileEntry
 from hydraopt.bundle.manifest_file import parse_manifest
 from hydraopt.errors import HydraoptError, RecordError, ServiceError
 from infra.approvals import check_not_rejected
 from infra.approvers import Approvers
-from infra.atomic_files import sync_folder, write_atomically
 from infra.blobs import BlobRef, measure
 from infra.bundle_store import read_manifest_bytes
 from infra.channels import live

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from botocore.exceptions import ClientError, IncompleteReadError
 
+from hydraopt.atomic_files import atomic_file
 from hydraopt.errors import RecordError, ServiceError
-from infra.atomic_files import atomic_file
 from infra.blob_upload import agrees, upload
 from infra.blobs import BlobRef, Measured, measure
 from infra.settings import Settings

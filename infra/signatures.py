@@ -27,9 +27,9 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from hydraopt.atomic_files import sync_folder
 from hydraopt.errors import RecordError
 from hydraopt.json_text import parse_object
-from infra.atomic_files import sync_folder
 
 PAYLOAD_TYPE = "application/vnd.hydraopt.record+json"
 

@@ -12,9 +12,9 @@ from pathlib import Path, PurePosixPath
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from hydraopt.atomic_files import write_atomically
 from hydraopt.errors import HydraoptError, RecordError
 from hydraopt.json_text import parse_object
-from infra.atomic_files import write_atomically
 from infra.blobs import BlobRef, Digest, measure
 from infra.object_store import ObjectStore
 from infra.records import canonical

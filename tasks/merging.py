@@ -9,6 +9,7 @@ from typing import Any
 
 import hydraopt
 from hydraopt import Bundle
+from hydraopt.atomic_files import write_atomically
 from hydraopt.bundle.layout import MANIFEST_FILE
 from hydraopt.errors import AdapterMismatchError, BudgetError, BundleError
 from hydraopt.evaluation.evaluate import evaluate_adapter, evaluate_bundle_tasks
@@ -17,7 +18,6 @@ from hydraopt.merging.frontier import frontier
 from hydraopt.merging.recipe import MADE_FROM
 from hydraopt.report.charts import plot_frontier
 from infra.adapter_store import AdapterVersion
-from infra.atomic_files import write_atomically
 from infra.blobs import BlobRef
 from infra.bundle_store import read_manifest, read_manifest_bytes
 from infra.channels import live

@@ -7,11 +7,11 @@ from typing import Any
 
 import yaml
 
+from hydraopt.atomic_files import write_atomically
 from hydraopt.evaluation.task_file import TaskFile
 from hydraopt.evaluation.yaml_file import read_yaml
 from hydraopt.training.finetune import finetune, training_key
 from infra.approvers import trust
-from infra.atomic_files import write_atomically
 from infra.settings import Settings
 from infra.signatures import generate_key, load_private_key, public_key_pem
 

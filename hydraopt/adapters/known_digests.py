@@ -18,12 +18,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
 
 from hydraopt.adapters.peft_folder import Adapter
+from hydraopt.atomic_files import write_atomically
 
 _SETTLED_NS = 2_000_000_000
 
@@ -47,7 +47,9 @@ def hashed(adapter: Adapter) -> str:
         is_fresh = "digest" not in vars(adapter)  # else it may be of what the file held earlier
         digest = adapter.digest
         if is_fresh and now - max(status.st_ctime_ns, status.st_mtime_ns) > _SETTLED_NS:
-            _write(_place(adapter), {"of": before, "digest": digest})
+            place, entry = _place(adapter), {"of": before, "digest": digest}
+            place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            write_atomically(place, json.dumps(entry).encode(), mode=0o600, on_disk=False)
     return adapter.digest
 
 
@@ -68,15 +70,3 @@ def _place(adapter: Adapter) -> Path:
     folder = Path(base) if base else Path.home() / ".cache"
     name = hashlib.sha256(str(adapter.file.path.resolve()).encode(errors="surrogateescape")).hexdigest()
     return folder / "hydraopt" / "digests" / name
-
-
-def _write(file: Path, entry: dict[str, object]) -> None:
-    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=file.parent)
-    try:
-        with os.fdopen(handle, "w") as out:
-            json.dump(entry, out)
-        Path(temporary).replace(file)
-    except OSError:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -14,6 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from hydraopt.adapters.similarity import Similarity
+from hydraopt.atomic_files import write_atomically
 from hydraopt.errors import HydraoptError
 from hydraopt.merging.frontier import FrontierPoint
 
@@ -77,7 +78,7 @@ def _png(points: Sequence[FrontierPoint], file: Path) -> Path:
     axes.legend(frameon=False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
-    return _write(file, buffer.getvalue())
+    return write_atomically(file, buffer.getvalue())
 
 
 def plot_similarity(found: Similarity, file: Path) -> Path:
@@ -105,19 +106,10 @@ def plot_similarity(found: Similarity, file: Path) -> Path:
     buffer = io.BytesIO()
     if file.suffix == ".png":
         figure.savefig(buffer, format="png")
-        return _write(file, buffer.getvalue())
+        return write_atomically(file, buffer.getvalue())
     figure.savefig(buffer, format="svg")
     page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>similarity</title>{buffer.getvalue().decode()}'
-    return _write(file, page.encode())
-
-
-def _write(file: Path, data: bytes) -> Path:
-    """Write a picture whole."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_bytes(data)
-    temporary.replace(file)
-    return file
+    return write_atomically(file, page.encode())
 
 
 _MOST_NUMBERED = 15
@@ -168,7 +160,7 @@ def _html(points: Sequence[FrontierPoint], file: Path) -> Path:
     page = _PAGE.format(
         width=_WIDTH, height=_HEIGHT, shapes="".join(shapes), legend=" ".join(legend), data=data
     )
-    return _write(file, page.encode())
+    return write_atomically(file, page.encode())
 
 
 _PAGE = """<!doctype html>

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from hydraopt.atomic_files import write_atomically
 from hydraopt.errors import HydraoptError
 from hydraopt.json_text import parse_object
-from infra.atomic_files import write_atomically
 from infra.secret_values import fresh_production_secrets, fresh_store_secrets
 from infra.settings import CREDENTIALS_FILE, read_credentials
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from infra.atomic_files import write_atomically
+from hydraopt.atomic_files import write_atomically
 from infra.local_services.credentials import ensure_credentials
 from infra.secret_values import ROLES, role_key
 from infra.settings import PREFIX, Settings

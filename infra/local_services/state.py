@@ -6,8 +6,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from hydraopt.atomic_files import write_atomically
 from hydraopt.errors import HydraoptError
-from infra.atomic_files import write_atomically
 from infra.local_services.profiles import Profile
 from infra.settings import SERVICES_FILE
 

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from infra.atomic_files import write_atomically
+from hydraopt.atomic_files import write_atomically
 
 FOLDER = "store-tls"
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from infra.atomic_files import write_atomically
+from hydraopt.atomic_files import write_atomically
 from infra.local_services import database, health, production, store_certificate
 from infra.local_services.credentials import ensure_credentials
 from infra.local_services.definition import (

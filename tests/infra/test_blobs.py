@@ -10,7 +10,6 @@ import pytest
 from pydantic import ValidationError
 
 from infra import blobs
-from infra.atomic_files import atomic_file, write_atomically
 from infra.blobs import BlobRef, composite_checksum, measure
 
 MEGABYTE = 2**20
@@ -48,18 +47,3 @@ def test_no_file_needs_more_parts_than_s3_allows():
 def test_digest_that_could_leave_its_folder_is_refused(digest):
     with pytest.raises(ValidationError):
         BlobRef(sha256=digest, bytes=1)
-
-
-def test_failed_write_leaves_the_old_file_and_no_trace(tmp_path):
-    target = tmp_path / "file"
-    write_atomically(target, b"old")
-
-    def write_half():
-        with atomic_file(target) as handle:
-            handle.write(b"new")
-            raise RuntimeError("stop")
-
-    with pytest.raises(RuntimeError, match="stop"):
-        write_half()
-    assert target.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [target]

@@ -11,10 +11,16 @@ from typing import BinaryIO
 
 
 @contextmanager
-def atomic_file(target: Path, mode: int = 0o644) -> Iterator[BinaryIO]:
+def atomic_file(target: Path, mode: int = 0o644, *, on_disk: bool = True) -> Iterator[BinaryIO]:
     """Open a temporary file beside ``target``; on success it is on disk and becomes ``target``.
 
     On an exception ``target`` is as it was. The folder is made if it is missing.
+
+    Args:
+        target: The file.
+        mode: Its permissions.
+        on_disk: Whether to wait for the disk. False is for what may be lost, and is checked when it is read: a
+            machine that loses power may leave an empty file.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
@@ -22,19 +28,22 @@ def atomic_file(target: Path, mode: int = 0o644) -> Iterator[BinaryIO]:
     try:
         with os.fdopen(descriptor, "wb") as handle:
             yield handle
-            handle.flush()
-            os.fsync(handle.fileno())
+            if on_disk:
+                handle.flush()
+                os.fsync(handle.fileno())
         temporary.chmod(mode)
         temporary.replace(target)
-        sync_folder(target.parent)
+        if on_disk:
+            sync_folder(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def write_atomically(target: Path, content: bytes, mode: int = 0o644) -> None:
-    """Make ``content`` the content of ``target`` in one step."""
-    with atomic_file(target, mode) as handle:
+def write_atomically(target: Path, content: bytes, mode: int = 0o644, *, on_disk: bool = True) -> Path:
+    """Make ``content`` the content of ``target`` in one step, as :func:`atomic_file` does; return ``target``."""
+    with atomic_file(target, mode, on_disk=on_disk) as handle:
         handle.write(content)
+    return target
 
 
 def sync_folder(folder: Path) -> None:

@@ -62,8 +62,8 @@ def record_key(name: str, bundle_id: str, state: str, number: int = 1) -> str:
 
 
 def now() -> str:
-    """The present moment in UTC, to the second, as records state it."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
+    """The present moment in UTC, as records state it: to the millisecond, so that what came first sorts first."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def canonical(content: dict[str, Any]) -> bytes:

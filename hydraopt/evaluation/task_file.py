@@ -139,7 +139,7 @@ class TrainingSettings(_Strict):
         ge=0,
         allow_inf_nan=False,
         description="Every step takes this times the learning rate off each singular value of B, so that adapters end "
-        "with a low rank of their own, which merges with less loss but costs some accuracy. Only with lora.freeze_a.",
+        "with a low rank of their own, which merges with less loss but takes more steps. Only with lora.freeze_a.",
     )
 
 

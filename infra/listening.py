@@ -7,6 +7,8 @@ from urllib.parse import urlsplit
 
 from hydraopt.errors import ServiceError
 
+WEB_SCHEMES = ("http", "https")
+CLUSTER_SCHEMES = ("dask", "ray")
 _CONNECT_TIMEOUT_S = 5.0
 
 
@@ -22,7 +24,7 @@ def check_listens(name: str, address: str, start: str = "`hydraopt up`") -> None
         ServiceError: If no connection is made within five seconds.
     """
     parts = urlsplit(address)
-    if parts.scheme not in {"http", "https", "dask", "ray"} or parts.hostname is None:
+    if parts.scheme not in WEB_SCHEMES + CLUSTER_SCHEMES or parts.hostname is None:
         return
     port = parts.port or (443 if parts.scheme == "https" else 80)
     try:

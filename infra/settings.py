@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
@@ -18,6 +19,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from hydraopt.errors import HydraoptError, RecordError, ServiceError
 from hydraopt.json_text import parse_object
+from infra.listening import CLUSTER_SCHEMES, WEB_SCHEMES
 
 PREFIX = "HYDRAOPT_"
 DEFAULT_HOME = Path(".hydraopt")
@@ -27,7 +29,7 @@ ADMIN = "admin"
 """The user that our own MLflow and Prefect know."""
 
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
-_STORE_FIELDS = ("s3_endpoint", "s3_access_key", "s3_secret_key")
+_STORE_KEY = ("s3_access_key", "s3_secret_key")
 
 
 def _without_password(address: str) -> str:
@@ -42,14 +44,14 @@ def _without_password(address: str) -> str:
 
 def _is_http(address: str) -> str:
     parts = urlsplit(address)
-    if parts.scheme not in {"http", "https"} or not parts.hostname:
+    if parts.scheme not in WEB_SCHEMES or not parts.hostname:
         raise ValueError("an address looks like http://127.0.0.1:8333")
     return address
 
 
 def _is_cluster(address: str) -> str:
     parts = urlsplit(address)
-    if parts.scheme not in {"dask", "ray"} or not parts.hostname or not parts.port:
+    if parts.scheme not in CLUSTER_SCHEMES or not parts.hostname or not parts.port:
         raise ValueError("a cluster's address looks like dask://127.0.0.1:8786 or ray://127.0.0.1:10001")
     return address
 
@@ -238,7 +240,8 @@ class _HomeFiles(PydanticBaseSettingsSource):
         home = Path(self.current_state.get("home") or DEFAULT_HOME).expanduser()
         found: dict[str, Any] = {}
         running = _running_addresses(home / SERVICES_FILE)
-        passwords = read_passwords(home / CREDENTIALS_FILE) if running else {}
+        secrets = read_secrets(home / CREDENTIALS_FILE) if running else {}
+        passwords = _passwords(secrets)
         if "mlflow" in running:
             found["mlflow_uri"] = running["mlflow"]
             if not self._given("mlflow_uri", "mlflow_username", "mlflow_password"):
@@ -248,9 +251,9 @@ class _HomeFiles(PydanticBaseSettingsSource):
             if not self._given("prefect_api_url", "prefect_auth"):
                 found |= {name: value for name, value in passwords.items() if name.startswith("prefect")}
         # The local key is for the local store alone: never signed with for an address given elsewhere.
-        if "store" in running and not self._given(*_STORE_FIELDS):
+        if "store" in running and not self._given("s3_endpoint", *_STORE_KEY):
             found["s3_endpoint"] = running["store"]
-            found |= read_credentials(home / CREDENTIALS_FILE)
+            found |= {name: secrets[name] for name in _STORE_KEY if name in secrets}
         return found
 
     def _given(self, *names: str) -> bool:
@@ -267,42 +270,28 @@ def _running_addresses(path: Path) -> dict[str, str]:
         raise _damaged(path) from None
 
 
-def read_credentials(path: Path) -> dict[str, str]:
-    """The local store's ``s3_access_key`` and ``s3_secret_key``; empty if there is no such file.
+def read_secrets(path: Path) -> dict[str, str]:
+    """Every key and password of the home's own services; empty if there is no such file.
 
     Raises:
         HydraoptError: If the file is damaged, or others than its owner may read it.
     """
-    content = _read_private(path)
-    if not content:
-        return {}
-    try:
-        return {name: str(content[name]) for name in _STORE_FIELDS[1:]}
-    except KeyError:
-        raise _damaged(path) from None
-
-
-def read_passwords(path: Path) -> dict[str, str]:
-    """What our own MLflow and Prefect ask for, as the settings' fields; empty in the local profile.
-
-    Raises:
-        HydraoptError: If the file is damaged, or others than its owner may read it.
-    """
-    content = _read_private(path)
-    found: dict[str, str] = {}
-    if "mlflow_admin_password" in content:
-        found |= {"mlflow_username": ADMIN, "mlflow_password": str(content["mlflow_admin_password"])}
-    if "prefect_password" in content:
-        found["prefect_auth"] = f"{ADMIN}:{content['prefect_password']}"
-    return found
-
-
-def _read_private(path: Path) -> dict[str, Any]:
-    """The JSON object in a file that only its owner may read; empty if there is no such file."""
     content = _read_object(path)
     if content and path.stat().st_mode & 0o077:
         raise HydraoptError(f"{path} holds keys and can be read by others: run `chmod 600 {path}`")
-    return content
+    if content and not content.keys() >= set(_STORE_KEY):
+        raise _damaged(path)
+    return {name: str(value) for name, value in content.items()}
+
+
+def _passwords(secrets: Mapping[str, str]) -> dict[str, str]:
+    """What our own MLflow and Prefect ask for, as the settings' fields; empty in the local profile."""
+    found: dict[str, str] = {}
+    if "mlflow_admin_password" in secrets:
+        found |= {"mlflow_username": ADMIN, "mlflow_password": secrets["mlflow_admin_password"]}
+    if "prefect_password" in secrets:
+        found["prefect_auth"] = f"{ADMIN}:{secrets['prefect_password']}"
+    return found
 
 
 def _read_object(path: Path) -> dict[str, Any]:

@@ -6,10 +6,8 @@ import json
 from pathlib import Path
 
 from hydraopt.atomic_files import write_atomically
-from hydraopt.errors import HydraoptError
-from hydraopt.json_text import parse_object
 from infra.secret_values import fresh_production_secrets, fresh_store_secrets
-from infra.settings import CREDENTIALS_FILE, read_credentials
+from infra.settings import CREDENTIALS_FILE, read_secrets
 
 
 def ensure_credentials(home: Path, *, production: bool = False) -> dict[str, str]:
@@ -26,5 +24,4 @@ def ensure_credentials(home: Path, *, production: bool = False) -> dict[str, str
     if not path.exists():
         fresh = fresh_production_secrets() if production else fresh_store_secrets()
         write_atomically(path, json.dumps(fresh, indent=2).encode(), mode=0o600)
-    read_credentials(path)  # refuses a damaged or readable file
-    return parse_object(path.read_bytes(), str(path), HydraoptError)
+    return read_secrets(path)

@@ -34,7 +34,7 @@ def atomic_file(target: Path, mode: int = 0o644, *, on_disk: bool = True) -> Ite
         temporary.chmod(mode)
         temporary.replace(target)
         if on_disk:
-            sync_folder(target.parent)
+            sync(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -46,9 +46,9 @@ def write_atomically(target: Path, content: bytes, mode: int = 0o644, *, on_disk
     return target
 
 
-def sync_folder(folder: Path) -> None:
-    """Ask the disk to keep what was created, renamed or removed in ``folder``."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Ask the disk to keep a file's content, or what was created, renamed or removed in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

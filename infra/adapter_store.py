@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hydraopt.adapters.peft_folder import CONFIG_FILE, TENSOR_FILE, read_adapter
-from hydraopt.atomic_files import sync_folder
+from hydraopt.atomic_files import sync
 from hydraopt.errors import HydraoptError, RecordError
 from hydraopt.json_text import parse_object
 from hydraopt.names import check_name, check_task_name, slug
@@ -333,7 +333,7 @@ def _check_is(folder: Path, version: AdapterVersion) -> None:
 
 def _put_in_place(staging: Path, target: Path, version: AdapterVersion) -> None:
     """Rename the finished folder; when somebody else was faster, theirs is as good."""
-    sync_folder(staging)
+    sync(staging)
     for _ in range(_UPDATES):
         try:
             staging.rename(target)
@@ -345,6 +345,6 @@ def _put_in_place(staging: Path, target: Path, version: AdapterVersion) -> None:
             target.rename(aside / "folder")
             shutil.rmtree(aside, ignore_errors=True)
         else:
-            sync_folder(target.parent)
+            sync(target.parent)
             return
     raise RecordError(f"{target} cannot be replaced: remove it and run this again")

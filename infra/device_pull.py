@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field
 
 import hydraopt
-from hydraopt.atomic_files import sync_folder, write_atomically
+from hydraopt.atomic_files import sync, write_atomically
 from hydraopt.bundle.layout import MANIFEST_FILE, FileEntry
 from hydraopt.bundle.manifest_file import parse_manifest
 from hydraopt.errors import HydraoptError, RecordError, ServiceError
@@ -163,12 +163,12 @@ def _complete(
     fetched = _gather(store, home, staging, files, progress)
     write_atomically(staging / MANIFEST_FILE, data)
     hydraopt.verify(staging)
-    sync_folder(staging)
+    sync(staging)
     if target.is_dir():
         _repair(staging, target, [*fetched, MANIFEST_FILE])
     else:
         staging.rename(target)
-    sync_folder(home)
+    sync(home)
     return fetched, len(files) - len(fetched)
 
 
@@ -238,7 +238,7 @@ def _repair(staging: Path, target: Path, paths: list[str]) -> None:
     for path in paths:
         (target / path).parent.mkdir(parents=True, exist_ok=True)
         (staging / path).replace(target / path)
-        sync_folder((target / path).parent)
+        sync((target / path).parent)
     shutil.rmtree(staging)
 
 
@@ -250,7 +250,7 @@ def _switch(out: Path, home: Path, bundle_id: str) -> None:
     if not out.is_symlink() and out.is_dir():
         out.rmdir()  # empty: checked before
     link.replace(out)
-    sync_folder(out.parent)
+    sync(out.parent)
 
 
 def _tidy(home: Path, keep: set[str], *, also_newest: bool) -> None:

@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from hydraopt.atomic_files import sync_folder
+from hydraopt.atomic_files import sync
 from hydraopt.errors import RecordError
 from hydraopt.json_text import parse_object
 
@@ -74,7 +74,7 @@ def generate_key(path: Path) -> str:
         raise RecordError(f"{path} exists and a key is never overwritten: choose another file") from None
     finally:
         temporary.unlink()
-    sync_folder(path.parent)
+    sync(path.parent)
     return public_key_pem(key)
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
+from hydraopt.atomic_files import sync, write_atomically
 from hydraopt.errors import TaskFileError
 from hydraopt.json_text import parse_object
 
@@ -31,10 +31,7 @@ class MarkCheckpoints(TrainerCallback):  # type: ignore[misc]  # untyped library
         for file in sorted(checkpoint.iterdir()):
             sync(file)
             digests[file.name] = _sha256(file)
-        partial = checkpoint / f"{_MARKER}.partial"
-        partial.write_text(json.dumps(digests, sort_keys=True), encoding="utf-8")
-        sync(partial)
-        partial.replace(checkpoint / _MARKER)
+        write_atomically(checkpoint / _MARKER, json.dumps(digests, sort_keys=True).encode())
 
 
 def last_whole_checkpoint(folder: Path) -> Path | None:
@@ -64,12 +61,3 @@ def step_of(checkpoint: Path) -> int:
 def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Have the operating system write a file or a folder's entries to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -36,13 +36,14 @@ from transformers import (
 )
 
 from hydraopt.adapters.peft_folder import CONFIG_FILE, TENSOR_FILE
+from hydraopt.atomic_files import sync
 from hydraopt.base_models import LoadedBase, TaskType, generation_task_type, load_base, quiet, resolve_device
 from hydraopt.errors import TaskFileError
 from hydraopt.evaluation.encoding import IGNORED, encoded_rows
 from hydraopt.evaluation.rows import Row, rows_digest
 from hydraopt.evaluation.task_file import TaskFile
 from hydraopt.finite import all_finite
-from hydraopt.training.checkpoints import MarkCheckpoints, last_whole_checkpoint, step_of, sync
+from hydraopt.training.checkpoints import MarkCheckpoints, last_whole_checkpoint, step_of
 from hydraopt.training.nuclear_decay import NuclearDecay
 
 Progress = Callable[[int, int, str], None]

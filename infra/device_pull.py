@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -22,6 +22,7 @@ from hydraopt.atomic_files import sync, write_atomically
 from hydraopt.bundle.layout import MANIFEST_FILE, FileEntry
 from hydraopt.bundle.manifest_file import parse_manifest
 from hydraopt.errors import HydraoptError, RecordError, ServiceError
+from hydraopt.progress import Progress
 from infra.approvals import check_not_rejected
 from infra.approvers import Approvers
 from infra.blobs import BlobRef, measure
@@ -31,9 +32,6 @@ from infra.object_store import ObjectStore
 from infra.publishing import read_version
 from infra.records import canonical
 from infra.supply_chain.release_file import beside, read_release
-
-Progress = Callable[[int, int, str], None]
-"""``progress(done, total, what)``, in files."""
 
 _FETCHES = 4  # files fetched at the same time
 _LOCK_WAIT_S = 120.0

@@ -9,12 +9,13 @@ whoever is storing something right now stores its blobs first and names them lat
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from hydraopt.errors import RecordError
+from hydraopt.progress import Progress
 from infra.adapter_store import read_version_record
 from infra.bundle_store import read_manifest
 from infra.candidates import CandidateStatus, list_candidates
@@ -23,8 +24,6 @@ from infra.object_store import ObjectStore, StoredObject
 from infra.records import read_record
 from infra.serving_record import serving_records
 from infra.supply_chain.release_file import parse_description
-
-Progress = Callable[[int, int, str], None]
 
 _MANIFEST = re.compile(r"bundles/([^/]+)/([0-9a-f]{64})/manifest\.json")
 

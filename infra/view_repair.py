@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
+from hydraopt.progress import Progress
 from infra.adapter_registry import AdapterRegistry
 from infra.adapter_store import read_version_record
 from infra.bundle_registry import BundleRegistry
@@ -15,8 +16,6 @@ from infra.object_store import ObjectStore
 from infra.publishing import read_version
 from infra.serving_record import serving_records
 from infra.settings import Settings
-
-Progress = Callable[[int, int, str], None]
 
 
 def repair_adapters(store: ObjectStore, settings: Settings, progress: Progress) -> tuple[int, int]:

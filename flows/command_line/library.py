@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from hydraopt.adapters import Adapter
     from hydraopt.adapters.similarity import Similarity
     from hydraopt.bundle import Bundle
-    from hydraopt.evaluation.predict import Progress
     from hydraopt.merging.second_moments import SecondMoments
+    from hydraopt.progress import Progress
 
 _DTYPES = ["bfloat16", "float16", "float32"]
 _METHODS = ["hydraopt", "paper", "separate", "two-sided", "ta", "ties", "dare", "dare-ties", "gradient"]

@@ -25,10 +25,10 @@ from hydraopt.base_models import TaskType, generation_task_type, load_base, quie
 from hydraopt.errors import TaskFileError
 from hydraopt.evaluation.encoding import encoded_rows
 from hydraopt.evaluation.evaluate import check_base
-from hydraopt.evaluation.predict import Progress
 from hydraopt.evaluation.rows import Row, rows_digest
 from hydraopt.evaluation.task_file import TaskFile
 from hydraopt.merging.second_moments import SecondMoments, regularised
+from hydraopt.progress import Progress
 
 ROWS = 64
 """Rows of each task, unless asked otherwise."""

@@ -27,10 +27,11 @@ from hydraopt.base_models import (
 from hydraopt.bundle import Bundle
 from hydraopt.errors import AdapterFormatError, TaskFileError
 from hydraopt.evaluation.metrics import score_labels, score_texts
-from hydraopt.evaluation.predict import Progress, predict_labels, predict_texts
+from hydraopt.evaluation.predict import predict_labels, predict_texts
 from hydraopt.evaluation.result import Evaluation
 from hydraopt.evaluation.rows import Row, references, rows_digest
 from hydraopt.evaluation.task_file import TaskFile
+from hydraopt.progress import Progress
 
 _PEFT_PREFIX = "base_model.model."
 

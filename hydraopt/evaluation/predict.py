@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,9 +13,7 @@ from hydraopt.errors import TaskFileError
 from hydraopt.evaluation.encoding import classification_example, input_limit, prompt_ids
 from hydraopt.evaluation.rows import Row
 from hydraopt.evaluation.task_file import TaskFile
-
-Progress = Callable[[int, int, str], None]
-"""Called with (rows done, rows in all, what is being done)."""
+from hydraopt.progress import Progress
 
 
 def predict_labels(

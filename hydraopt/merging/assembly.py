@@ -86,6 +86,8 @@ class Assembly:
             task: {name: adapter.extra(name) for name in adapter.extras}  # noqa: S610 - not Django's
             for task, adapter in adapters.items()
         }
+        # Bytes of a module's entry beside its counts, by module, family and groups.
+        self._constant_bytes: dict[tuple[str, str, tuple[int, ...] | None], int] = {}
 
     @property
     def reference_bytes(self) -> int:
@@ -133,11 +135,6 @@ class Assembly:
         if key not in self._constant_bytes:
             self._constant_bytes[key] = self._entry_bytes(self._chosen(name, choice)) - changing
         return self._constant_bytes[key] + changing
-
-    @cached_property
-    def _constant_bytes(self) -> dict[tuple[str, str, tuple[int, ...] | None], int]:
-        """Bytes of an entry beside its counts, by module, family and groups."""
-        return {}
 
     @cached_property
     def _frame_bytes(self) -> int:

@@ -11,8 +11,9 @@ from hydraopt.adapters import Adapter
 from hydraopt.errors import BudgetError
 from hydraopt.merging.budget import total_error
 from hydraopt.merging.merge import check_set, find_device, make_recipe, open_adapter, silent
-from hydraopt.merging.run import MergeRun, Progress
+from hydraopt.merging.run import MergeRun
 from hydraopt.names import check_task_name
+from hydraopt.progress import Progress
 
 BUDGETS = (0.03, 0.05, 0.07, 0.1, 0.125, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9)
 """Budgets of the default curve, as shares of the input bytes."""

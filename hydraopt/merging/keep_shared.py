@@ -50,8 +50,9 @@ from hydraopt.merging.option import Choice, Floats, Option, StoredModule
 from hydraopt.merging.parallel import in_order
 from hydraopt.merging.problem import ModuleProblem, load_module, module_names
 from hydraopt.merging.recipe import SOLVER_VERSION, Recipe
-from hydraopt.merging.run import TINY, Progress, check_finite, check_range
+from hydraopt.merging.run import TINY, check_finite, check_range
 from hydraopt.merging.stored_factors import StoredFactors
+from hydraopt.progress import Progress
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -148,7 +149,11 @@ class KeepingRun:
             return _Traced(problem.tasks, self.factors[name].energies(problem), problem.norms.cpu().numpy())
 
         return dict(
-            zip(self.modules, self._each(trace, self.modules, "weigh the changed tasks"), strict=True)
+            zip(
+                self.modules,
+                in_order(trace, self.modules, "weigh the changed tasks", self.progress),
+                strict=True,
+            )
         )
 
     @cached_property
@@ -279,19 +284,13 @@ class KeepingRun:
             check_range(name, dtype, stored)
             return stored
 
-        return self._each(build, list(zip(self.modules, choices, strict=True)), "build the heads")
+        work = list(zip(self.modules, choices, strict=True))
+        return in_order(build, work, "build the heads", self.progress)
 
     def _load(self, name: str, weights: Mapping[str, float]) -> ModuleProblem:
         # A metric belongs to the input side alone: families that share the output side do without.
         metric = None if self.factors[name].entry.family in OUTPUT_SIDE else self.metrics.get(name)
         return load_module(name, self.changed, weights, self.device, metric)
-
-    def _each(self, function: Callable[[Item], Result], items: Sequence[Item], what: str) -> Iterator[Result]:
-        """``map`` over threads, with progress."""
-        for done, result in enumerate(in_order(function, items)):
-            self.progress(done, len(items), what)
-            yield result
-        self.progress(len(items), len(items), what)
 
     def _warnings(self, manifest: Manifest) -> tuple[str, ...]:
         usual = self.former.relative_error

@@ -14,27 +14,43 @@ from typing import TypeVar
 
 import torch
 
+from hydraopt.progress import Progress
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
 
 _AHEAD = 16
 """Items an executor of unknown size is handed before the first result is taken."""
 
 
 def in_order(
-    function: Callable[[Item], Result], items: Sequence[Item], executor: Executor | None = None
+    function: Callable[[Item], Result],
+    items: Sequence[Item],
+    what: str,
+    progress: Progress,
+    executor: Executor | None = None,
 ) -> Iterator[Result]:
-    """``map`` over workers; only a few items are in memory at once.
+    """``map`` over workers, with progress; only a few items are in memory at once.
 
     Args:
         function: What to do with an item.
         items: The items.
+        what: Says so to the person who waits.
+        progress: Told of every item that is done.
         executor: Runs the function elsewhere; None is a pool of ``torch.get_num_threads()`` threads.
 
     Yields:
         The results in the order of ``items``.
     """
+    for done, result in enumerate(_results(function, items, executor)):
+        progress(done, len(items), what)
+        yield result
+    progress(len(items), len(items), what)
+
+
+def _results(
+    function: Callable[[Item], Result], items: Sequence[Item], executor: Executor | None
+) -> Iterator[Result]:
     if executor is not None:
         yield from _through(executor, function, items, _AHEAD)
         return

@@ -41,12 +41,10 @@ from hydraopt.merging.parallel import in_order
 from hydraopt.merging.problem import Grams, ModuleProblem, load_module, module_names
 from hydraopt.merging.products import bfloat16_products
 from hydraopt.merging.recipe import ONE_FOR_ALL, Recipe
+from hydraopt.progress import Progress
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-Progress = Callable[[int, int, str], None]
-"""Called with (done, total, what)."""
 
 TINY = 1e-280  # squared norms below it are zero: their inverse would overflow
 UNIFORM = ("paper", "gradient")
@@ -139,7 +137,7 @@ class MergeRun:
         return spectra
 
     def _weigh(self, name: str) -> tuple[dict[str, Floats], Grams]:
-        problem = self._loaded(name, dict.fromkeys(self.tasks, 1.0), None)
+        problem = self._load(name, weights=dict.fromkeys(self.tasks, 1.0))
         return dict(zip(problem.tasks, separate.spectra(problem), strict=True)), problem.grams
 
     @cached_property
@@ -387,10 +385,10 @@ class MergeRun:
             stored = refuse_zero_adapters(stored, self.recipe.method)
         return stored
 
-    def _load(self, name: str, grams: Grams | None) -> ModuleProblem:
-        return self._loaded(name, self.weights, grams)
-
-    def _loaded(self, name: str, weights: Mapping[str, float], grams: Grams | None) -> ModuleProblem:
+    def _load(
+        self, name: str, grams: Grams | None = None, *, weights: Mapping[str, float] | None = None
+    ) -> ModuleProblem:
+        weights = self.weights if weights is None else weights
         problem = load_module(name, self.adapters, weights, self.device, self.metrics.get(name), known=grams)
         check_finite(problem, self.adapters)
         return problem
@@ -398,26 +396,27 @@ class MergeRun:
     @cached_property
     def _is_bfloat16(self) -> bool:
         """Whether all factors are bfloat16 numbers: stored as such, not computed, and scaled by powers of two."""
-        dtypes, scalings = set(), set()
-        for adapter in self.adapters.values():
-            dtypes |= {entry.dtype for entry in adapter.file.entries.values()}
-            scalings |= {module.scaling for module in adapter.modules.values()}
-        exact = dtypes == {torch.bfloat16} and all(abs(math.frexp(scaling)[0]) == 0.5 for scaling in scalings)
+        adapters = self.adapters.values()
         return (
-            exact
-            and {adapter.kind for adapter in self.adapters.values()} == {LoraKind.name}
-            and not self.metrics
+            not self.metrics
+            and all(adapter.kind == LoraKind.name for adapter in adapters)
+            and all(
+                entry.dtype == torch.bfloat16
+                for adapter in adapters
+                for entry in adapter.file.entries.values()
+            )
+            and all(
+                abs(math.frexp(module.scaling)[0]) == 0.5
+                for adapter in adapters
+                for module in adapter.modules.values()
+            )
         )
 
     def _each(
         self, function: Callable[[Item], Result], items: Sequence[Item], what: str, *, exact: bool = False
     ) -> Iterator[Result]:
-        """``map`` over workers, with progress."""
         with bfloat16_products(allowed=self._is_bfloat16 and not exact):
-            for done, result in enumerate(in_order(function, items, self.executor)):
-                self.progress(done, len(items), what)
-                yield result
-        self.progress(len(items), len(items), what)
+            yield from in_order(function, items, what, self.progress, self.executor)
 
 
 def check_finite(problem: ModuleProblem, adapters: Mapping[str, Adapter]) -> None:

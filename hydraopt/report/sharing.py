@@ -11,8 +11,9 @@ from hydraopt.adapters import Adapter
 from hydraopt.adapters.similarity import Similarity, similarity
 from hydraopt.merging.budget import total_error
 from hydraopt.merging.merge import check_set, find_device, make_recipe, open_adapter, silent
-from hydraopt.merging.run import MergeRun, Progress
+from hydraopt.merging.run import MergeRun
 from hydraopt.names import check_task_name
+from hydraopt.progress import Progress
 
 _CLEARLY = 0.97
 _HIGH, _LOW = 0.5, 0.2

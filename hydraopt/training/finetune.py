@@ -14,7 +14,7 @@ import random
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,11 +43,9 @@ from hydraopt.evaluation.encoding import IGNORED, encoded_rows
 from hydraopt.evaluation.rows import Row, rows_digest
 from hydraopt.evaluation.task_file import TaskFile
 from hydraopt.finite import all_finite
+from hydraopt.progress import Progress
 from hydraopt.training.checkpoints import MarkCheckpoints, last_whole_checkpoint, step_of
 from hydraopt.training.nuclear_decay import NuclearDecay
-
-Progress = Callable[[int, int, str], None]
-"""Called with (steps done, steps in all, what is being done)."""
 
 TRAINING_VERSION = "1"
 """Raised whenever the same task and rows would give another adapter."""

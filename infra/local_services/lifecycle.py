@@ -10,6 +10,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from hydraopt.errors import ServiceError
+from hydraopt.progress import Progress
 from infra.local_services import health, processes
 from infra.local_services.definition import TEMPORARY_FOLDER
 from infra.local_services.definitions import define
@@ -18,7 +19,6 @@ from infra.local_services.role_files import write_role_files
 from infra.local_services.startup import (
     START_TIMEOUT_S,
     STOP_GRACE_S,
-    Progress,
     Startup,
     log_of,
     stop_service,

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from hydraopt.errors import ServiceError
+from hydraopt.progress import Progress
 from infra.local_services import health, ports, processes
 from infra.local_services.definition import Definition
 from infra.local_services.definitions import define
 from infra.local_services.profiles import EXECUTORS, PREFERRED_PORTS, SERVICES, may_start
 from infra.local_services.state import Record, Records
-
-Progress = Callable[[int, int, str], None]
-"""Called with how many services are ready, how many there are, and what happens now."""
 
 START_TIMEOUT_S = 180.0
 STOP_GRACE_S = 15.0

@@ -7,7 +7,6 @@ that a publisher killed at some moment could have left.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -15,11 +14,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from hydraopt.atomic_files import write_atomically
 from hydraopt.errors import HydraoptError, RecordError
 from hydraopt.json_text import parse_object
+from hydraopt.own_files import own_file
+from hydraopt.progress import Progress
 from infra.blobs import BlobRef, Digest, measure
 from infra.object_store import ObjectStore
 from infra.records import canonical
-
-Progress = Callable[[int, int, str], None]
 
 INDEX = "index.json"
 _OBJECTS = "objects"
@@ -137,7 +136,7 @@ def _restore_one(store: ObjectStore, key: str, path: Path) -> bool:
 def _checked(folder: Path, progress: Progress) -> dict[str, tuple[str, int]]:
     """The index, after every file was compared with it."""
     try:
-        data = (folder / INDEX).read_bytes()
+        data = own_file(folder, INDEX, RecordError).read_bytes()
     except OSError as error:
         raise RecordError(
             f"{folder / INDEX} cannot be read ({error.strerror}): an export writes it last, finish that one first"
@@ -161,9 +160,9 @@ def _rank(key: str) -> int:
 
 
 def _path(folder: Path, key: str) -> Path:
-    """The file of a key; a key that would leave the folder, or that is none of ours, is refused."""
+    """The file of a key; a key or a link that would leave the folder, or a key that is none of ours, is refused."""
     parts = PurePosixPath(key).parts
     clean = "/".join(parts) == key and ".." not in parts and "\\" not in key and "\0" not in key
     if not clean or not key.startswith(_ORDER):
         raise RecordError(f"{key!r} is no key of ours: it is not copied")
-    return folder / _OBJECTS / Path(*parts)
+    return own_file(folder, f"{_OBJECTS}/{key}", RecordError)

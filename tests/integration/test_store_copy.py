@@ -117,6 +117,25 @@ def test_a_damaged_copy_is_refused_before_anything_is_written(full, bucket, tmp_
     assert content(target) == {}
 
 
+@pytest.mark.parametrize("linked", ["blob", "record", "folder", "index"])
+def test_a_link_out_of_a_copy_is_not_followed(full, bucket, tmp_path, linked):
+    """Though what it leads to is right: a stranger's copy says which of our files are read and stored."""
+    copy, away = tmp_path / "copy", tmp_path / "away"
+    export_store(full.store, copy, quiet)
+    path = {
+        "blob": next((copy / "objects" / "blobs" / "sha256").iterdir()),
+        "record": next(one for one in (copy / "objects" / "records").rglob("*") if one.is_file()),
+        "folder": copy / "objects" / "blobs",
+        "index": copy / "index.json",
+    }[linked]
+    path.rename(away)
+    path.symlink_to(away)
+    target = bucket()
+    with pytest.raises(RecordError, match="link that leads out"):
+        restore_store(target, copy, quiet)
+    assert content(target) == {}
+
+
 def test_nothing_in_the_store_is_replaced(full, bucket, tmp_path):
     copy = tmp_path / "copy"
     export_store(full.store, copy, quiet)

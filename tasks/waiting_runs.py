@@ -1,12 +1,13 @@
-"""Runs that events started and that wait behind the one that already does their work."""
+"""Runs that wait behind the one that already does their work."""
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from uuid import UUID
 
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowFilter, FlowRunFilter
-from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.states import Cancelled
 
 from tasks.prefect_pages import every_flow_run
@@ -16,13 +17,15 @@ _SCHEDULED = FlowRunFilter.model_validate({"state": {"type": {"any_": [StateType
 
 
 def reconciles_that_wait() -> list[UUID]:
-    """Runs of reconcile that the trigger made and that have not begun. Ask before reading the registry.
+    """Runs of reconcile that were asked for until now and have not begun. Ask before reading the registry.
 
-    Each stands for a registration that was made before it: whoever reads the registry now sees all of them.
+    Each stands for a change that was made before it: whoever reads the registry now sees all of them. What somebody
+    planned for later is not among them.
     """
+    now = datetime.now(UTC)
     with get_client(sync_client=True) as client:
         runs = every_flow_run(client, flow_filter=_RECONCILE, flow_run_filter=_SCHEDULED)
-    return [run.id for run in runs if run.created_by is not None and run.created_by.type == "AUTOMATION"]
+    return [run.id for run in runs if _of_the_trigger(run) or _is_due(run, now)]
 
 
 def close_waiting(runs: list[UUID]) -> None:
@@ -32,3 +35,13 @@ def close_waiting(runs: list[UUID]) -> None:
             state = client.read_flow_run(run_id).state
             if state is not None and state.is_scheduled():
                 client.set_flow_run_state(run_id, Cancelled(message="another run does the same already"))
+
+
+def _of_the_trigger(run: FlowRun) -> bool:
+    """Whether an event made it, which plans it some seconds ahead."""
+    return run.created_by is not None and run.created_by.type == "AUTOMATION"
+
+
+def _is_due(run: FlowRun, now: datetime) -> bool:
+    """Whether it was to begin by now. It keeps that time however often it is put off behind another run."""
+    return run.expected_start_time is not None and run.expected_start_time <= now

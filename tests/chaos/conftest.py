@@ -5,6 +5,7 @@ What is broken, one file each:
     test_killed_publishers.py   the publishing process, by SIGKILL at every request it makes and in between
     test_scale.py               nothing: a thousand adapters go all the way, fifty in the short form
     test_many_publishers.py     nothing: many processes publish at once, 32 in the long form; then half of them die
+    test_many_reconciles.py     nothing: a hundred ask for a reconcile at once
     test_network_faults.py      the wire: latency, resets, half answers, 500s and 503s, through tcp_proxy.py
     test_full_disk.py           the store's disk and a device's, on small tmpfs mounts (needs root)
     test_killed_services.py     workers, a merge, Prefect, MLflow, PostgreSQL, SeaweedFS, alone and in pairs

@@ -9,7 +9,6 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -51,7 +50,6 @@ pytestmark = pytest.mark.integration
 
 BUNDLE = "tiny"
 SPEC = {"name": BUNDLE, "base_model": "tests/tiny", "recipe": {"budget": 0.9}}
-REQUESTS = 100
 PATIENCE_S = 300  # a busy machine starts a flow's process in half a minute
 
 
@@ -152,29 +150,6 @@ def test_a_burst_of_registrations_gives_one_merge_of_the_final_set(quiet):
     wait(lambda: not quiet.busy(), "everything the events started is over")
     assert len(quiet.runs("merge-set")) == 1
     assert len(quiet.desired().versions) == 50
-
-
-def test_a_hundred_reconciles_asked_for_at_once_give_one_merge(quiet):
-    """People and scripts ask, not the trigger. One that is planned for tomorrow stays planned."""
-    before = {run.id for run in quiet.runs("merge-set")}
-    quiet.register("task-6", 1006, event=False)
-    tomorrow = datetime.now(UTC) + timedelta(days=1)
-    planned = run_deployment("reconcile/reconcile", scheduled_time=tomorrow, timeout=0)
-    with ThreadPoolExecutor(8) as people:
-        asked = list(
-            people.map(lambda _: run_deployment("reconcile/reconcile", timeout=0).id, range(REQUESTS))
-        )
-    assert len(set(asked)) == REQUESTS
-    wait(quiet.merged, "the set is merged")
-    wait(lambda: {run.id for run in quiet.busy()} == {planned.id}, "every request has ended")
-    with get_client(sync_client=True) as client:
-        states = [client.read_flow_run(run).state for run in asked]
-        kept = client.read_flow_run(planned.id).state
-        client.delete_flow_run(planned.id)
-    assert len({run.id for run in quiet.runs("merge-set")} - before) == 1
-    assert {state.type for state in states} == {StateType.COMPLETED, StateType.CANCELLED}
-    assert all("does the same" in state.message for state in states if state.is_cancelled())
-    assert kept.is_scheduled()
 
 
 def test_what_arrives_during_a_merge_is_merged_next_and_never_at_the_same_time(quiet):

@@ -11,8 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from hydraopt.errors import TaskFileError
 from hydraopt.evaluation.gates import GateRules
 from hydraopt.evaluation.yaml_file import explain, read_yaml
-from hydraopt.merging.recipe import MADE_FROM, Recipe
 from hydraopt.names import check_name, check_task_name, slug
+from hydraopt.recipe import MADE_FROM, Recipe
 from infra.approval_policy import ApprovalPolicy
 
 FOLDER = "bundles"

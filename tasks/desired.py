@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import BaseModel, ConfigDict, Field
 
 from hydraopt.errors import AdapterMismatchError, RecordError
-from hydraopt.merging.recipe import set_fingerprint
+from hydraopt.recipe import set_fingerprint
 from infra.adapter_registry import AdapterRegistry
 from infra.adapter_store import AdapterVersion, load_adapter_versions
 from infra.object_store import ObjectStore

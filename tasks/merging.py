@@ -15,7 +15,7 @@ from hydraopt.errors import AdapterMismatchError, BudgetError, BundleError
 from hydraopt.evaluation.evaluate import evaluate_adapter, evaluate_bundle_tasks
 from hydraopt.evaluation.result import Evaluation
 from hydraopt.merging.frontier import frontier
-from hydraopt.merging.recipe import MADE_FROM
+from hydraopt.recipe import MADE_FROM
 from hydraopt.report.charts import plot_frontier
 from infra.adapter_store import AdapterVersion
 from infra.blobs import BlobRef

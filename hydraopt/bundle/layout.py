@@ -31,8 +31,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from hydraopt.merging.recipe import Recipe
 from hydraopt.precision import core_bits, vector_bytes
+from hydraopt.recipe import Recipe
 
 SCHEMA = 2
 MANIFEST_FILE = "manifest.json"

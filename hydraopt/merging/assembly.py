@@ -29,7 +29,7 @@ from hydraopt.bundle.layout import (
 )
 from hydraopt.bundle.tensor_bytes import describe
 from hydraopt.merging.option import Choice, StoredModule
-from hydraopt.merging.recipe import SOLVER_VERSION, Recipe
+from hydraopt.recipe import SOLVER_VERSION, Recipe
 
 _DIGEST_LENGTH = 64
 _LONGEST_ERROR = 0.12345678  # errors are rounded to eight digits: none is longer

@@ -22,10 +22,10 @@ from hydraopt.merging.gradient import gradient
 from hydraopt.merging.low_rank import LowRank
 from hydraopt.merging.option import Choice, Ints, Levels, Option, StoredModule
 from hydraopt.merging.problem import ModuleProblem
-from hydraopt.merging.recipe import Recipe
 from hydraopt.merging.task_arithmetic import task_arithmetic
 from hydraopt.merging.ties import ties
 from hydraopt.precision import encode_ragged
+from hydraopt.recipe import Recipe
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from hydraopt.merging.families import dense_options, largest_rank
 from hydraopt.merging.grouping import SharedHeads, group_tasks
 from hydraopt.merging.option import Option
 from hydraopt.merging.problem import ModuleProblem
-from hydraopt.merging.recipe import Recipe
 from hydraopt.merging.shared_a import MAX_SHARED_RANK
 from hydraopt.precision import vector_bytes
+from hydraopt.recipe import Recipe
 
 
 @dataclass(frozen=True)

@@ -49,10 +49,10 @@ from hydraopt.merging.former import check_fits
 from hydraopt.merging.option import Choice, Floats, Option, StoredModule
 from hydraopt.merging.parallel import in_order
 from hydraopt.merging.problem import ModuleProblem, load_module, module_names
-from hydraopt.merging.recipe import SOLVER_VERSION, Recipe
 from hydraopt.merging.run import TINY, check_finite, check_range
 from hydraopt.merging.stored_factors import StoredFactors
 from hydraopt.progress import Progress
+from hydraopt.recipe import SOLVER_VERSION, Recipe
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

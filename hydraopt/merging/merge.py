@@ -15,11 +15,11 @@ from hydraopt.bundle.contents import Bundle
 from hydraopt.errors import AdapterMismatchError, BudgetError
 from hydraopt.merging.former import kept_settings
 from hydraopt.merging.keep_shared import KeepingRun
-from hydraopt.merging.recipe import ONE_FOR_ALL, Recipe
 from hydraopt.merging.run import MergeRun
 from hydraopt.merging.second_moments import SecondMoments
 from hydraopt.names import check_task_name
 from hydraopt.progress import Progress
+from hydraopt.recipe import ONE_FOR_ALL, Recipe
 
 
 def merge(

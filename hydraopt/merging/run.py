@@ -40,8 +40,8 @@ from hydraopt.merging.option import Choice, Floats, Option, StoredModule
 from hydraopt.merging.parallel import in_order
 from hydraopt.merging.problem import Grams, ModuleProblem, load_module, module_names
 from hydraopt.merging.products import bfloat16_products
-from hydraopt.merging.recipe import ONE_FOR_ALL, Recipe
 from hydraopt.progress import Progress
+from hydraopt.recipe import ONE_FOR_ALL, Recipe
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

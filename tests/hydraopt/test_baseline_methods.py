@@ -19,10 +19,10 @@ from hydraopt.merging.baselines import module_seed
 from hydraopt.merging.dare import dare, dare_ties
 from hydraopt.merging.low_rank import LowRank
 from hydraopt.merging.merge import silent
-from hydraopt.merging.recipe import Recipe
 from hydraopt.merging.run import MergeRun
 from hydraopt.merging.task_arithmetic import task_arithmetic
 from hydraopt.merging.ties import ties
+from hydraopt.recipe import Recipe
 
 ONE_FOR_ALL = ("ta", "ties", "dare", "dare-ties")
 LACKED = "model.layers.0.q_proj"

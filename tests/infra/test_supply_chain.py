@@ -13,7 +13,7 @@ from referencing import Registry, Resource
 
 from hydraopt.bundle.layout import SCHEMA, BaseModelEntry, FileEntry, Manifest, TaskEntry
 from hydraopt.errors import RecordError
-from hydraopt.merging.recipe import Recipe
+from hydraopt.recipe import Recipe
 from infra.adapter_store import AdapterVersion
 from infra.blobs import BlobRef
 from infra.signatures import signed_bytes

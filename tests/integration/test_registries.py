@@ -14,7 +14,7 @@ from hydraopt.bundle.layout import SCHEMA, BaseModelEntry, FileEntry, Manifest, 
 from hydraopt.errors import HydraoptError, RecordError, ServiceError
 from hydraopt.evaluation.gates import GateReport, GateRules, judge
 from hydraopt.evaluation.result import Evaluation
-from hydraopt.merging.recipe import Recipe
+from hydraopt.recipe import Recipe
 from infra import mlflow_access
 from infra.adapter_registry import AdapterRegistry, model_name
 from infra.adapter_store import AdapterVersion

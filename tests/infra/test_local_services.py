@@ -20,19 +20,6 @@ from infra.local_services.state import Record, Records
 SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
 
 
-@pytest.fixture(autouse=True)
-def no_variables(monkeypatch):
-    for name in [name for name in os.environ if name.startswith("HYDRAOPT_")]:
-        monkeypatch.delenv(name)
-
-
-@pytest.fixture
-def home(tmp_path):
-    folder = tmp_path / "home"
-    folder.mkdir()
-    return folder
-
-
 @pytest.fixture
 def stranger():
     """A process that has nothing to do with us."""

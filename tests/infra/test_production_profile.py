@@ -25,19 +25,6 @@ from infra.local_services.state import Record, Records
 from infra.settings import Settings
 
 
-@pytest.fixture(autouse=True)
-def no_variables(monkeypatch):
-    for name in [name for name in os.environ if name.startswith("HYDRAOPT_")]:
-        monkeypatch.delenv(name)
-
-
-@pytest.fixture
-def home(tmp_path):
-    folder = tmp_path / "home"
-    folder.mkdir()
-    return folder
-
-
 @pytest.fixture
 def server():
     """A server that answers what it is told, to those who log in as `ana:secret`."""

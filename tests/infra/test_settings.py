@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -16,9 +15,7 @@ KEY = "a-secret-nobody-may-see"
 
 
 @pytest.fixture(autouse=True)
-def no_variables(monkeypatch, tmp_path):
-    for name in [name for name in os.environ if name.startswith("HYDRAOPT_")]:
-        monkeypatch.delenv(name)
+def empty_folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 

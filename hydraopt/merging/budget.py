@@ -93,6 +93,8 @@ class PricedModules:
         self.modules = tuple(modules)
         self.prices = prices
         self._parts: dict[frozenset[str], PricedModules] = {}
+        self._last: list[Choice] | None = None
+        self._uniform: dict[int, list[Choice]] = {}
 
     def only(self, families: Iterable[str]) -> PricedModules:
         """The options of some families; found once, for all the budgets that are asked for."""
@@ -106,6 +108,38 @@ class PricedModules:
                 self.prices,
             )
         return self._parts[wanted]
+
+    def chosen(self, options: Sequence[Option], price: float) -> list[Choice]:
+        """The best levels of one option of each module; where they are those of the last call, the same objects.
+
+        One budget is met in a few steps between which next to nothing changes, and a choice remembers what it costs.
+        """
+        if self._last is None:
+            self._last = [option.choice(price) for option in options]
+        else:
+            self._last = [
+                option.choice_or(price, other) for option, other in zip(options, self._last, strict=True)
+            ]
+        return self._last
+
+    def uniform(self, rank: int) -> list[Choice]:
+        """The paper's form at one rank for all modules: per module the largest shared rank up to it, heads dense.
+
+        For modules whose options are the one of storing nothing, then those of dense heads by rank.
+
+        Args:
+            rank: Rows of A'; with 0 nothing is kept.
+        """
+        if rank not in self._uniform:
+            self._uniform[rank] = [_uniform_choice(module.options, rank) for module in self.modules]
+        return self._uniform[rank]
+
+    @cached_property
+    def ranks(self) -> list[int]:
+        """The ranks of all options that have one, ascending."""
+        return sorted(
+            {option.rank for module in self.modules for option in module.options if option.rank > 0}
+        )
 
     @cached_property
     def best(self) -> list[Ints]:
@@ -268,7 +302,7 @@ def _bracket(
         if before == first or prices[first] / prices[before] < _PRECISE:
             break
         interval = interval.finer(before)
-    lower = [option.choice(float(prices[before])) for option in interval.options(before)]
+    lower = modules.chosen(interval.options(before), float(prices[before]))
     higher = [
         option.choice_or(float(prices[first]), other)
         for option, other in zip(interval.options(first), lower, strict=True)
@@ -312,14 +346,16 @@ def fill(choices: list[Choice], size: int) -> list[Choice]:
     left = size - total_bytes(choices)
     levels = [[*choice.levels.shared, choice.levels.heads] for choice in choices]
     offers = [
-        _offers(part, now, m, p)
+        (m, *choice.offers)
         for m, choice in enumerate(choices)
-        for p, (part, now) in enumerate(zip(choice.option.parts, levels[m], strict=True))
-        if part.least_step <= left
+        if min(part.least_step for part in choice.option.parts) <= left
     ]
     if not offers:
         return choices
-    ratio, extra, where = (np.concatenate(column) for column in zip(*offers, strict=True))
+    modules, ratios, sizes, places = zip(*offers, strict=True)
+    ratio, extra = np.concatenate(ratios), np.concatenate(sizes)
+    module = np.repeat(modules, [len(one) for one in ratios])
+    where = np.concatenate([module[:, None], np.concatenate(places)], axis=1)
     able = np.flatnonzero((ratio > 0) & (extra <= left))
     able = able[np.argsort(-ratio[able], kind="stable")]
     filled = list(choices)
@@ -354,23 +390,6 @@ def _is_finer(level: int, other: int) -> bool:
     return level != LEFT_OUT and (other == LEFT_OUT or level < other)
 
 
-def _offers(part: Part, levels: Ints, module: int, index: int) -> tuple[Floats, Floats, Ints]:
-    """For every vector its next finer precision: gain per byte, bytes, and (module, part, row, column, level)."""
-    order, sizes, noise, _ = part.hull
-    place = np.zeros(len(part.rates.bytes) + 1, dtype=np.int64)
-    place[order] = np.arange(len(order))  # LEFT_OUT is -1: the last entry
-    rows, columns = np.divmod(np.arange(levels.size), levels.shape[-1])
-    now = place[levels.reshape(-1)]
-    able = (now + 1 < len(order)) & (part.energies.reshape(-1) > 0)
-    now, rows, columns = now[able], rows[able], columns[able]
-    extra = sizes[now + 1] - sizes[now]
-    gain = part.energies.reshape(-1)[able] * (noise[now] - noise[now + 1])
-    where = np.stack(
-        [np.full_like(rows, module), np.full_like(rows, index), rows, columns, order[now + 1]], axis=1
-    )
-    return gain / np.maximum(extra, 1e-9), extra, where
-
-
 def every_direction(options: Sequence[Option], ranks: Sequence[Sequence[int]]) -> list[Choice]:
     """The given option of each module with the given head ranks, all at the finest precision."""
     return [_uniform(option, list(rank)) for option, rank in zip(options, ranks, strict=True)]
@@ -383,54 +402,41 @@ def _uniform(option: Option, ranks: Sequence[int]) -> Choice:
     return Choice(option, Levels(shared, heads))
 
 
-def uniform(modules: Sequence[Sequence[Option]], rank: int) -> list[Choice]:
-    """The paper's form at one rank for all modules: per module the largest shared rank up to ``rank``, heads dense.
-
-    Args:
-        modules: Per module the option of storing nothing, then those of dense heads by rank.
-        rank: Rows of A'; with 0 nothing is kept.
-    """
-    choices = []
-    for nothing, *dense in modules:
-        fitting = [option for option in dense if option.rank <= rank]
-        option = max(fitting, key=lambda one: one.rank) if fitting else nothing
-        choices.append(_uniform(option, [1 if fitting else 0] * len(option.heads.energies)))
-    return choices
+def _uniform_choice(options: Sequence[Option], rank: int) -> Choice:
+    nothing, *dense = options
+    fitting = [option for option in dense if option.rank <= rank]
+    option = max(fitting, key=lambda one: one.rank) if fitting else nothing
+    return _uniform(option, [1 if fitting else 0] * len(option.heads.energies))
 
 
-def largest_uniform(modules: Sequence[Sequence[Option]], size: int) -> list[Choice]:
+def largest_uniform(modules: PricedModules, size: int) -> list[Choice]:
     """The paper's form at the largest single rank that stores at most ``size`` bytes.
 
     Raises:
         BudgetError: If not even rank 1 fits.
     """
-    ranks = _ranks(modules)
-    best: list[Choice] | None = None if ranks else uniform(modules, 0)  # adapters that change nothing
-    for rank in ranks:
-        choices = uniform(modules, rank)
+    best: list[Choice] | None = None if modules.ranks else modules.uniform(0)  # adapters that change nothing
+    for rank in modules.ranks:
+        choices = modules.uniform(rank)
         if total_bytes(choices) > size:
             break
         best = choices
     if best is None:
-        smallest = total_bytes(uniform(modules, 1))
+        smallest = total_bytes(modules.uniform(1))
         raise BudgetError(f"the paper's form stores {smallest} bytes at rank 1, but the budget leaves {size}")
     return best
 
 
-def least_uniform(modules: Sequence[Sequence[Option]], error: float) -> list[Choice]:
+def least_uniform(modules: PricedModules, error: float) -> list[Choice]:
     """The paper's form at the smallest single rank whose weighted squared error is at most ``error``.
 
     Raises:
         BudgetError: If no rank reaches it.
     """
-    for rank in [0, *_ranks(modules)]:
-        choices = uniform(modules, rank)
+    for rank in [0, *modules.ranks]:
+        choices = modules.uniform(rank)
         if total_error(choices) <= error:
             return choices
     raise BudgetError(
         f"the paper's form leaves a weighted squared error of {total_error(choices):.3g}, but {error:.3g} was asked for"
     )
-
-
-def _ranks(modules: Sequence[Sequence[Option]]) -> list[int]:
-    return sorted({option.rank for module in modules for option in module if option.rank > 0})

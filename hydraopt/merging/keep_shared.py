@@ -28,11 +28,10 @@ from hydraopt.bundle.layout import (
     Manifest,
     ModuleEntry,
     TaskEntry,
-    canonical_json,
     task_file,
 )
 from hydraopt.errors import BudgetError
-from hydraopt.merging.assembly import Assembly
+from hydraopt.merging.assembly import Assembly, row_bytes
 from hydraopt.merging.budget import (
     ModuleCurves,
     PricedModules,
@@ -244,9 +243,8 @@ class KeepingRun:
 
     def _container_bytes(self, choices: Sequence[Choice]) -> int:
         """Bytes of the manifest and of the headers and extras of the changed tasks' files."""
-        precisions = len(self.recipe.precisions)
-        heads = (counts for choice in choices for counts in choice.counts(precisions)[1])
-        return self._frame_bytes + sum(len(canonical_json(counts)) - len("null") for counts in heads)
+        heads = (choice.kept(len(self.recipe.precisions))[1] for choice in choices)
+        return self._frame_bytes + sum(int((row_bytes(counts) - len("null")).sum()) for counts in heads)
 
     @cached_property
     def _frame_bytes(self) -> int:

@@ -180,6 +180,24 @@ class Part:
         chosen: Ints = levels[place]
         return chosen
 
+    def offers(self, levels: Ints) -> tuple[Floats, Floats, Ints]:
+        """For every vector that can be made finer, what its next precision would bring.
+
+        Returns:
+            Gain per byte (n,), bytes (n,), and (row, column, level) (n, 3).
+        """
+        order, sizes, noise, _ = self.hull
+        place = np.zeros(len(self.rates.bytes) + 1, dtype=np.int64)
+        place[order] = np.arange(len(order))  # LEFT_OUT is -1: the last entry
+        rows, columns = np.divmod(np.arange(levels.size), levels.shape[-1])
+        now, energies = place[levels.reshape(-1)], self.energies.reshape(-1)
+        able = (now + 1 < len(order)) & (energies > 0)
+        now = now[able]
+        extra = sizes[now + 1] - sizes[now]
+        gain = energies[able] * (noise[now] - noise[now + 1])
+        where = np.stack([rows[able], columns[able], order[now + 1]], axis=1)
+        return gain / np.maximum(extra, 1e-9), extra, where
+
     def totals(self, levels: Ints) -> tuple[float, float]:
         """Error and bytes of given levels."""
         out = levels == LEFT_OUT
@@ -281,15 +299,36 @@ class Choice:
         """Bytes of the factors."""
         return round(self._totals[1])
 
-    def counts(self, precisions: int) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]:
-        """How many vectors are kept at each precision, zeros at the end left out: per shared factor, and per head."""
-        shared = tuple(_row_counts(levels[None], precisions)[0] for levels in self.levels.shared)
-        return shared, _row_counts(self.levels.heads, precisions)
+    @cached_property
+    def offers(self) -> tuple[Floats, Floats, Ints]:
+        """Of all parts, see :meth:`Part.offers`; where: (part, row, column, level)."""
+        levels = (*self.levels.shared, self.levels.heads)
+        found = [part.offers(one) for part, one in zip(self.option.parts, levels, strict=True)]
+        ratios, sizes, places = zip(*found, strict=True)
+        parts = np.repeat(np.arange(len(found)), [len(one) for one in places])
+        where = np.concatenate([parts[:, None], np.concatenate(places)], axis=1)
+        return np.concatenate(ratios), np.concatenate(sizes), where
+
+    def kept(self, precisions: int) -> tuple[Ints, Ints]:
+        """How many vectors are kept at each precision, (n, precisions): per shared factor, and per head (row)."""
+        shared = [_row_counts(levels[None], precisions) for levels in self.levels.shared]
+        heads = _row_counts(self.levels.heads, precisions)
+        return np.concatenate([*shared, heads[:0]]), heads
 
 
-def _row_counts(levels: Ints, precisions: int) -> tuple[tuple[int, ...], ...]:
+def _row_counts(levels: Ints, precisions: int) -> Ints:
     width = precisions + 1  # LEFT_OUT is -1
     cells = levels + (np.arange(len(levels)) * width + 1)[:, None]
-    counts = np.bincount(cells.reshape(-1), minlength=len(levels) * width).reshape(-1, width)[:, 1:]
-    ends = np.where(counts > 0, np.arange(1, width), 0).max(axis=1, initial=0)
-    return tuple(tuple(row[:end]) for row, end in zip(counts.tolist(), ends.tolist(), strict=True))
+    counts: Ints = np.bincount(cells.reshape(-1), minlength=len(levels) * width).reshape(-1, width)[:, 1:]
+    return counts
+
+
+def trimmed(counts: Ints) -> tuple[tuple[int, ...], ...]:
+    """Rows of counts as the manifest has them: zeros at the end left out."""
+    return tuple(tuple(row[:end]) for row, end in zip(counts.tolist(), ends(counts).tolist(), strict=True))
+
+
+def ends(counts: Ints) -> Ints:
+    """How many counts of each row are left once zeros at its end are left out."""
+    found: Ints = np.where(counts > 0, np.arange(1, counts.shape[1] + 1), 0).max(axis=1, initial=0)
+    return found

@@ -30,7 +30,6 @@ from hydraopt.merging.budget import (
     least_uniform,
     price_grid,
     total_bytes,
-    uniform,
     within_budget,
     within_error,
 )
@@ -300,7 +299,7 @@ class MergeRun:
             BudgetError: If the budget or error bound cannot be met.
         """
         if recipe.method in UNIFORM:
-            return self._solve_paper([module.options for module in curves.modules], recipe)
+            return self._solve_paper(curves, recipe)
         own = [module.options[0] for module in curves.modules]
         if recipe.budget == 1:
             return every_direction(own, [self.assembly.ranks(name) for name in self.modules])
@@ -318,24 +317,26 @@ class MergeRun:
         """The solution within the recipe's bytes, of which the manifest takes more the more there is to tell."""
         allowed, size = self._allowed_bytes(recipe), self._most_factor_bytes(recipe)
         container_bytes = self.assembly.container_bytes()
+        slack = 24 + len(
+            self.modules
+        )  # what other counts may lengthen the manifest by, a digit or an entry here and there
         while True:
             choices = within(size)
             left = allowed - total_bytes(choices) - container_bytes(choices)
             if left >= 0:
                 break
-            size = max(size + left, 0) if size else -1
+            size = max(size + left - slack, 0) if size else -1
         for _ in range(_FILLINGS):
-            # Filling up may lengthen some counts in the manifest by a digit or an entry.
-            filled = fill(choices, total_bytes(choices) + left - 24 - len(choices))
+            filled = fill(choices, total_bytes(choices) + left - slack)
             now = allowed - total_bytes(filled) - container_bytes(filled)
             if now < 0 or now == left:
                 break
             choices, left = filled, now
         return choices
 
-    def _solve_paper(self, modules: Sequence[Sequence[Option]], recipe: Recipe) -> list[Choice]:
+    def _solve_paper(self, modules: PricedModules, recipe: Recipe) -> list[Choice]:
         if recipe.rank is not None:
-            return uniform(modules, recipe.rank)
+            return modules.uniform(recipe.rank)
         if recipe.max_error is not None:
             return least_uniform(modules, recipe.max_error**2 * self.total_weight)
         return self._fit_container(recipe, lambda size: largest_uniform(modules, size))

@@ -6,8 +6,11 @@ import contextlib
 import time
 from collections.abc import Iterator
 from typing import Annotated, Any
+from uuid import UUID
 
 from prefect import flow
+from prefect.runtime import flow_run
+from prefect.states import Cancelled, Completed
 from pydantic import Field
 
 from flows.approve_in_ui import open_form
@@ -76,7 +79,7 @@ def reconcile(settle_s: _Seconds = 0) -> dict[str, Any]:
 def _reconcile(settings: Settings, settle_s: float) -> dict[str, Any]:
     """One pass over everything there is to bring up to date."""
     close_dead_runs(settings)
-    desired = _settled(settings, settle_s)
+    desired, asked = _settled(settings, settle_s)
     problems: list[HydraoptError] = []
     bundles = {}
     for one in desired:
@@ -98,11 +101,16 @@ def _reconcile(settings: Settings, settle_s: float) -> dict[str, Any]:
     if problems:
         raise type(problems[0])("; ".join(str(problem) for problem in problems))
     note_reconciled(settings)
+    close_waiting(asked, Completed(message=f"the run {flow_run.name} did the same meanwhile"))
     return {"bundles": bundles, "released": released, "corrected_in_mlflow": corrected}
 
 
-def _settled(settings: Settings, quiet_s: float) -> list[DesiredSet]:
-    """What is wanted, once that has not changed for ``quiet_s`` seconds, or as it is after a minute."""
+def _settled(settings: Settings, quiet_s: float) -> tuple[list[DesiredSet], frozenset[UUID]]:
+    """What is wanted, once that has not changed for ``quiet_s`` seconds, or as it is after a minute.
+
+    Returns:
+        That, and the runs that others asked for and that wait for the same.
+    """
     end = time.monotonic() + _LONGEST_SETTLE_S
     waiting, desired = reconciles_that_wait(), read_desired(settings, remember=True)
     while quiet_s and time.monotonic() < end:
@@ -110,8 +118,8 @@ def _settled(settings: Settings, quiet_s: float) -> list[DesiredSet]:
         before, waiting, desired = desired, reconciles_that_wait(), read_desired(settings, remember=True)
         if before == desired:
             break
-    close_waiting(waiting)
-    return desired
+    close_waiting(waiting.triggered, Cancelled(message="another run does the same already"))
+    return desired, waiting.asked
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""A hundred people ask for the same thing at once: it is done once, and everyone gets an end."""
+"""A hundred people ask for the same thing at once: it is done once, and everyone is told so."""
 
 from __future__ import annotations
 
@@ -57,12 +57,8 @@ def test_a_hundred_reconciles_at_once_give_one_merge(office):
         f"{REQUESTS} reconciles at once: asked within {took:.1f} s, over after {time.monotonic() - started:.1f} s, "
         f"{dict(ends)}"
     )
-    assert set(ends) == {"COMPLETED", "CANCELLED"}
-    assert all(
-        "does the same" in runs[one]["state"]["message"]
-        for one in asked
-        if runs[one]["state_type"] == "CANCELLED"
-    )
+    assert set(ends) == {"COMPLETED"}
+    assert sum("did the same" in (runs[one]["state"]["message"] or "") for one in asked) >= REQUESTS - 10
     assert len(set(runs_of(office, "merge-set")) - merges) == 1
     assert len({one.bundle_id for one in list_candidates(office.store(), "tiny")} - candidates) == 1
     assert api(office.home, f"flow_runs/{planned}")["state_type"] == "SCHEDULED"

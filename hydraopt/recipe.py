@@ -64,11 +64,17 @@ class Recipe(BaseModel):
         None,
         gt=0,
         le=1,
+        strict=True,  # YAML's yes is no 1
         allow_inf_nan=False,
         description="Bundle bytes as a share of the input bytes, in (0, 1].",
     )
     max_error: float | None = Field(
-        None, ge=0, lt=1, allow_inf_nan=False, description="Relative error that must not be exceeded."
+        None,
+        ge=0,
+        lt=1,
+        strict=True,
+        allow_inf_nan=False,
+        description="Relative error that must not be exceeded.",
     )
     rank: int | None = Field(
         None,

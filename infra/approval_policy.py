@@ -54,7 +54,10 @@ class ApprovalPolicy(BaseModel):
     approvers: tuple[str, ...] | None = Field(
         None, description="Their names; None: everybody whose key is trusted."
     )
-    keys: dict[str, str] = Field(default_factory=dict, description="Public keys (PEM) by name, pinned.")
+    # Not called `keys`: Prefect walks through a task's arguments with dict(), which calls that a mapping's method.
+    pinned: dict[str, str] = Field(
+        default_factory=dict, alias="keys", description="Public keys (PEM) by name, pinned."
+    )
     self_approval: bool = Field(False, description="Whether one may approve an adapter of one's own.")
     expires_days: float | None = Field(
         None, gt=0, allow_inf_nan=False, description="Days an approval may wait for the release."
@@ -76,9 +79,9 @@ class ApprovalPolicy(BaseModel):
             raise ValueError(
                 f"{self.needed} approvals are needed and only {len(self.approvers)} may give one"
             )
-        if self.approvers is not None and (strangers := self.keys.keys() - set(self.approvers)):
+        if self.approvers is not None and (strangers := self.pinned.keys() - set(self.approvers)):
             raise ValueError(f"keys of people who are no approvers: {', '.join(sorted(strangers))}")
-        for who, pem in self.keys.items():
+        for who, pem in self.pinned.items():
             check_name(who, "approver name")
             load_public_key(pem, f"the key of {who!r}")
         return self
@@ -93,13 +96,13 @@ class ApprovalPolicy(BaseModel):
             RecordError: If a pinned key is not the one trusted under that name.
         """
         keys = dict(trusted)
-        for who, pem in self.keys.items():
-            pinned = load_public_key(pem, f"the key of {who!r}")
-            if who in keys and key_id(keys[who]) != key_id(pinned):
+        for who, pem in self.pinned.items():
+            key = load_public_key(pem, f"the key of {who!r}")
+            if who in keys and key_id(keys[who]) != key_id(key):
                 raise RecordError(
                     f"the policy pins another key for {who!r} than the one trusted here: correct one of them"
                 )
-            keys[who] = pinned
+            keys[who] = key
         if self.approvers is None:
             return keys
         return {who: keys[who] for who in self.approvers if who in keys}

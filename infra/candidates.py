@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from hydraopt.errors import RecordError
+from hydraopt.evaluation.gates import Verdict
 from hydraopt.names import check_name
 from infra.approvals import approve, reject
 from infra.approvers import Approvers
@@ -129,6 +130,10 @@ def resolve(store: ObjectStore, id_prefix: str, name: str | None = None) -> tupl
     return found[0]
 
 
+def _failure(verdict: Verdict, bundle_id: str) -> str:
+    return verdict.reason if verdict.subject == bundle_id else f"{verdict.subject}: {verdict.reason}"
+
+
 def _status(
     store: ObjectStore,
     which: tuple[str, str],
@@ -158,7 +163,9 @@ def _status(
             tasks=tuple(sorted(merged["adapters"])),
             storage_ratio=merged["storage_ratio"],
             mean_drop_percent=report.mean_drop_percent if report else None,
-            failures=tuple(one.reason for one in report.verdicts if not one.passed) if report else (),
+            failures=tuple(_failure(one, bundle_id) for one in report.verdicts if not one.passed)
+            if report
+            else (),
             decided_by=decided.get("as"),
             decided_at=decided.get("time"),
             reason=content("rejected").get("reason"),

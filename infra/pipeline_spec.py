@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -102,7 +103,7 @@ class BundleSpec(BaseModel):
     @classmethod
     def default(cls, base_model: str) -> Self:
         """The bundle of a base model that no file describes, named after the last part of the model's name."""
-        name = slug(base_model.replace("\\", "/").rstrip("/").rpartition("/")[2])
+        name = re.sub(r"\.{2,}", ".", slug(base_model.replace("\\", "/").rstrip("/").rpartition("/")[2]))
         return cls.model_validate({"name": name[:100].strip(".-") or "bundle", "base_model": base_model})
 
 

@@ -104,10 +104,15 @@ def promote(
         raise RecordError(f"channel {source!r} of {name!r} shows another bundle than its version's: changed?")
     done = publish(store, name, newest.bundle_id, target, approvers, by=by)
     if done.live_version != done.version:
+        there = settle(store, name, target)
+        way = (
+            f"; `hydraopt rollback {name} --to {done.version} --channel {target}` brings it back"
+            if there is not None and done.version in there.published
+            else " and was never live there, so it cannot come back: approve a bundle merged afresh"
+        )
         raise RecordError(
             f"channel {target!r} of {name!r} stays at version {done.live_version}: version {done.version} is "
-            f"older than what was published there, or was taken back; `hydraopt rollback {name} --to "
-            f"{done.version} --channel {target}` brings back what was live before"
+            f"older than what was published there, or was taken back{way}"
         )
     return done
 

@@ -116,7 +116,7 @@ def require(sign_off: SignOff, bundle_id: str, name: str) -> SignOff:
     if sign_off.complete:
         return sign_off
     if sign_off.ignored and not sign_off.by and sign_off.needed == 1:
-        raise RecordError(sign_off.ignored[-1])
+        raise RecordError(f"bundle {bundle_id[:12]} of {name!r}: {sign_off.ignored[-1]}")
     raise RefusedError(
         f"bundle {bundle_id} of {name!r} is not approved: {sign_off.missing}. "
         f"Run `hydraopt approve {bundle_id[:12]} --as WHO --key FILE`"

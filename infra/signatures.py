@@ -88,8 +88,6 @@ def load_private_key(path: Path) -> Ed25519PrivateKey:
         mode, content = path.stat().st_mode, path.read_bytes()
     except OSError as error:
         raise RecordError(f"the key file {path} cannot be read: {error.strerror}") from error
-    if mode & 0o007:
-        raise RecordError(f"the key file {path} can be used by everybody on this machine: chmod 600 {path}")
     try:
         key = load_pem_private_key(content, password=None)
     except (ValueError, TypeError, UnsupportedAlgorithm):
@@ -99,6 +97,8 @@ def load_private_key(path: Path) -> Ed25519PrivateKey:
         ) from None
     if not isinstance(key, Ed25519PrivateKey):
         raise RecordError(f"{path} holds a key of another kind than ed25519: make one with `hydraopt keygen`")
+    if mode & 0o007:
+        raise RecordError(f"the key file {path} can be used by everybody on this machine: chmod 600 {path}")
     return key
 
 

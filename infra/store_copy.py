@@ -7,6 +7,7 @@ that a publisher killed at some moment could have left.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -32,6 +33,7 @@ _ORDER = (
     "adapters/",
     "blobs/",
 )
+_WAY_OUT = "restore into an empty bucket, or one that holds a part of this copy and was not used since"
 _BLOB = re.compile(r"blobs/sha256/([0-9a-f]{64})")
 
 
@@ -87,6 +89,7 @@ def restore_store(store: ObjectStore, folder: Path, progress: Progress) -> Copie
             one of the keys.
     """
     objects = _checked(folder, progress)
+    _refuse_others(store, folder, objects)
     copied = 0
     ordered = sorted(objects, key=lambda key: (-_rank(key), "/log/" not in key, key))
     for done, key in enumerate(ordered, start=1):
@@ -124,13 +127,25 @@ def _restore_one(store: ObjectStore, key: str, path: Path) -> bool:
     data = path.read_bytes()
     if store.create(key, data):
         return True
+    _refuse_another(store, key, data)
+    return False
+
+
+def _refuse_others(store: ObjectStore, folder: Path, objects: Mapping[str, object]) -> None:
+    """Refuse a store that holds anything but a part of the copy, before anything is written."""
+    for key in store.keys(""):
+        if not key.startswith(_ORDER):
+            continue
+        if key not in objects:
+            raise RecordError(f"the store holds {key}, which is not in this copy: {_WAY_OUT}")
+        if not _BLOB.fullmatch(key):
+            _refuse_another(store, key, _path(folder, key).read_bytes())
+
+
+def _refuse_another(store: ObjectStore, key: str, data: bytes) -> None:
     stored = store.read(key)
     if stored is None or stored[0] != data:
-        raise RecordError(
-            f"the store holds something else under {key}: restore into an empty bucket, or one that holds a part "
-            "of this copy and was not used since"
-        )
-    return False
+        raise RecordError(f"the store holds something else under {key}: {_WAY_OUT}")
 
 
 def _checked(folder: Path, progress: Progress) -> dict[str, tuple[str, int]]:

@@ -15,6 +15,7 @@ from botocore.exceptions import (
     NoCredentialsError,
     PartialCredentialsError,
 )
+from botocore.exceptions import ConnectionError as NoConnectionError
 from urllib3.exceptions import HTTPError
 
 from hydraopt.errors import DeniedError, ServiceError
@@ -24,6 +25,7 @@ _REFUSED |= {"AllAccessDisabled", "AccountProblem", "Forbidden", "Unauthorized",
 _OUT_OF_TIME = {"RequestTimeTooSkewed", "RequestExpired"}
 INTERRUPTED = (
     HTTPClientError,
+    NoConnectionError,
     IncompleteReadError,
     FlexibleChecksumError,
     HTTPError,

@@ -92,25 +92,33 @@ def tell(settings: Settings, notice: Notice) -> None:
 
 
 def save_url(name: str, url: str) -> None:
-    """Keep an Apprise URL in Prefect as the block ``apprise-url/NAME``, and send a first message there.
+    """Send a first message to an Apprise URL, and keep it in Prefect as the block ``apprise-url/NAME``.
 
     Raises:
         ServiceError: If that message cannot be delivered.
     """
-    AppriseUrl(url=SecretStr(url)).save(name, overwrite=True)
-    problem = _send(f"apprise-url/{name}", "hydraopt can tell you things here", "This is a test message.")
-    if problem:
-        raise ServiceError(problem)
+    block = AppriseUrl(url=SecretStr(url))
+    subject = "hydraopt can tell you things here"
+    if problem := _send_through(block, f"apprise-url/{name}", subject, "This is a test message."):
+        raise ServiceError(
+            f"{problem}; nothing was saved: is it an Apprise URL, such as mailto://... or slack://...?"
+        )
+    block.save(name, overwrite=True)
 
 
 def _send(name: str, subject: str, body: str) -> str | None:
-    """Send through one block; what went wrong, without the address, which may hold a secret."""
-    block = _load(name)
+    """Send through one block of Prefect's; what went wrong."""
+    problem = _send_through(_load(name), name, subject, body)
+    return problem and f"{problem}: check it in Prefect's pages"
+
+
+def _send_through(block: NotificationBlock, name: str, subject: str, body: str) -> str | None:
+    """Send; what went wrong, without the address, which may hold a secret."""
     try:
         with block.raise_on_failure():
             block.notify(body, subject)
     except Exception as error:  # noqa: BLE001 - every service fails in its own way
-        return f"the notification block {name!r} failed ({type(error).__name__}): check it in Prefect's pages"
+        return f"the notification block {name!r} failed ({type(error).__name__})"
     return None
 
 

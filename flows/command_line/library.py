@@ -229,8 +229,8 @@ def inspect(output: Output, paths: tuple[str, ...], plot: Path | None) -> dict[s
 def verify(output: Output, bundle: Path, keys: tuple[Path, ...]) -> dict[str, Any]:
     """Check a bundle: digests, shapes, finite values; and, if they lie beside it, who vouches for it.
 
-    A pulled bundle has BUNDLE.release.json beside it: approvals, signed provenance, bill of materials. They are
-    checked without any server.
+    A pulled bundle is a link to .BUNDLE.bundles/ID and has ID.release.json beside it there: approvals, signed
+    provenance, bill of materials. They are checked without any server.
 
     Example: hydraopt verify bundle --key ana.pem
     """

@@ -198,9 +198,13 @@ def _adapter_line(result: dict[str, Any]) -> str:
 
 def _bundle_line(name: str, bundle: dict[str, Any]) -> str:
     if bundle["state"] == "waiting":
-        return f"{name}: waiting for adapters of {', '.join(bundle['waiting_for'])}"
+        missing = ", ".join(bundle["waiting_for"]) or "any task: none is registered for its base model"
+        return f"{name}: waiting for adapters of {missing}"
     if bundle["state"] == "changing":
-        return f"{name}: an adapter was registered while it was merged; run it again"
+        return (
+            f"{name}: an adapter was registered while it was merged: run it again. If none was, the runner has other "
+            "code than this command: `hydraopt down` and `hydraopt up`"
+        )
     gates = "gates passed" if bundle["passed"] else "gates FAILED"
     line = f"{name}: {bundle['state']}, candidate {bundle['bundle_id'][:12]}, {gates}"
     if bundle["version"] is not None:

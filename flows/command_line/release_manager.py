@@ -84,7 +84,14 @@ def approve(
     signed = sign(store, bundle, whole_id, who, private, approvers)
     sign_off = count(store, bundle, whole_id, approvers)
     output.show(f"{bundle} {whole_id[:12]} is approved by {signed['as']}: {sign_off.missing}")
-    result = {"approval": signed, "approvals": len(sign_off.by), "needed": sign_off.needed, "released": None}
+    result = {
+        "approval": signed,
+        "approvals": len(sign_off.by),
+        "approved_by": sign_off.by,
+        "needed": sign_off.needed,
+        "not_counted": sign_off.ignored,
+        "released": None,
+    }
     if not release or not sign_off.complete:
         return result
     with connected(output):
@@ -92,12 +99,19 @@ def approve(
 
         released = release_flow(bundle, whole_id, channel_of(settings, bundle))
     output.show(live_line(released))
+    if released["live_version"] != released["version"]:
+        output.show(
+            f"{bundle} {whole_id[:12]} is version {released['version']}, which was taken back or followed by a newer "
+            f"one: `hydraopt rollback {bundle} --to {released['version']}` makes it live again"
+        )
     return result | {"released": released}
 
 
 @command("reject")
 @click.argument("bundle_id", metavar="ID")
-@click.option("--as", "who", required=True, help="Who rejects.")
+@click.option(
+    "--as", "who", required=True, help="Who rejects; any name: to stop a release takes no key and no right."
+)
 @click.option("--reason", required=True, help="Why; kept with the candidate.")
 @click.option("--name", help="Name of the bundle, if the id alone is not enough.")
 def reject(output: Output, bundle_id: str, who: str, reason: str, name: str | None) -> dict[str, Any]:

@@ -53,6 +53,7 @@ def test_the_storage_gate_follows_the_budget_unless_given(tmp_path, extra, limit
         ("tasks: a", "tasks"),
         ("channel: 'a/b'", "channel 'a/b' is not allowed"),
         ("recipe: {budget: 2}", "recipe.budget"),
+        ("recipe: {budget: yes}", "recipe.budget"),
         ("recipe: {budget: 0.2, max_error: 0.1}", "exactly one"),
         ("gates: {max_strage_ratio: 1}", "gates.max_strage_ratio is not a known key"),
         ("name: b", "twice"),
@@ -94,7 +95,13 @@ def test_a_base_model_without_a_file_gets_the_default(tmp_path):
 
 @pytest.mark.parametrize(
     ("base_model", "name"),
-    [(MODEL, "all-minilm-l6-v2"), ("/models/Tiny T5/", "tiny-t5"), ("???", "bundle"), ("x" * 300, "x" * 100)],
+    [
+        (MODEL, "all-minilm-l6-v2"),
+        ("/models/Tiny T5/", "tiny-t5"),
+        ("???", "bundle"),
+        ("x" * 300, "x" * 100),
+        ("o/enc..v2", "enc.v2"),
+    ],
 )
 def test_the_default_name_is_always_allowed(base_model, name):
     assert BundleSpec.default(base_model).name == name

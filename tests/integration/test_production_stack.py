@@ -54,7 +54,9 @@ def reconciled(stack):
         finetune(TaskFile.load(file), stack.folder / task, work=stack.folder / "work", device="cpu")
         stack.good(["ingest", stack.folder / task, "--task", task, "--task-file", file])
     state = run_deployment(stack.home, "reconcile")
-    assert state["type"] == "COMPLETED", state["message"]  # by itself, or by the event's run that did the same
+    assert state["type"] == "COMPLETED", state[
+        "message"
+    ]  # by itself, or by the event's run that did the same
     (listed,) = stack.good(["candidates"])
     (candidate,) = listed["candidates"]
     return candidate["bundle_id"]

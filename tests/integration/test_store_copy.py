@@ -149,6 +149,22 @@ def test_nothing_in_the_store_is_replaced(full, bucket, tmp_path):
     assert not list(target.keys("channels/"))
 
 
+@pytest.mark.parametrize("other", ["another adapter", "another record"])
+def test_another_store_is_refused_before_anything_is_written(full, bucket, adapter_folder, tmp_path, other):
+    """It would be neither the one nor the other afterwards."""
+    export_store(full.store, tmp_path / "copy", quiet)
+    target = bucket()
+    if other == "another adapter":
+        store_adapter(target, adapter_folder(9), task="a", source="test")
+    else:
+        key = next(key for key in full.store.keys("serving/"))
+        target.create(key, b"{}")
+    before = content(target)
+    with pytest.raises(RecordError, match="restore into an empty bucket"):
+        restore_store(target, tmp_path / "copy", quiet)
+    assert content(target) == before
+
+
 def test_a_damaged_blob_is_not_exported(full, tmp_path):
     key = next(full.store.keys("blobs/"))
     data = full.store.read(key)[0]
@@ -174,10 +190,10 @@ def test_what_serves_is_remembered_and_an_empty_registry_forgets_nothing(bucket)
         note_serving(store, "ORG/model", "a", "1" * 64)
 
 
-def test_reading_rights_are_not_enough_to_restore(full, running_store, tmp_path):
+def test_reading_rights_are_not_enough_to_restore(full, bucket, running_store, tmp_path):
     copy = tmp_path / "copy"
     export_store(full.store, copy, quiet)
-    reader = ObjectStore(running_store.reader_settings(tmp_path))
+    reader = ObjectStore(running_store.reader_settings(tmp_path, s3_bucket=bucket().bucket))
     shutil.rmtree(copy / "objects" / "blobs")
     index = json.loads((copy / "index.json").read_text())
     index["objects"] = {k: v for k, v in index["objects"].items() if not k.startswith("blobs/")}

@@ -49,7 +49,12 @@ from tasks.stale_runs import close_dead_runs
 pytestmark = pytest.mark.integration
 
 BUNDLE = "tiny"
-SPEC = {"name": BUNDLE, "base_model": "tests/tiny", "recipe": {"budget": 0.9}}
+SPEC = {
+    "name": BUNDLE,
+    "base_model": "tests/tiny",
+    "recipe": {"budget": 0.9},
+    "approval": {"needed": 2, "expires_days": 30},
+}
 PATIENCE_S = 300  # a busy machine starts a flow's process in half a minute
 
 

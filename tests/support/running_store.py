@@ -51,8 +51,9 @@ class RunningStore:
         }
         return Settings(home=home, **(values | changes))
 
-    def reader_settings(self, home: Path) -> Settings:
-        return self.settings(home, s3_access_key=self.reader_access_key, s3_secret_key=self.reader_secret_key)
+    def reader_settings(self, home: Path, **changes: object) -> Settings:
+        keys = {"s3_access_key": self.reader_access_key, "s3_secret_key": self.reader_secret_key}
+        return self.settings(home, **keys, **changes)
 
 
 def weed_binary() -> Path:
@@ -92,7 +93,7 @@ def _identities(store: RunningStore) -> dict[str, object]:
             {
                 "name": "reader",
                 "credentials": [{"accessKey": store.reader_access_key, "secretKey": store.reader_secret_key}],
-                "actions": [f"Read:{BUCKET}", f"List:{BUCKET}"],
+                "actions": ["Read", "List"],
             },
         ]
     }

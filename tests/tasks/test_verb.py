@@ -5,8 +5,10 @@ import pytest
 pytest.importorskip("prefect")
 
 from prefect.states import Failed
+from prefect.utilities.collections import visit_collection
 
 from hydraopt.errors import BudgetError, DeniedError, ServiceError
+from infra.pipeline_spec import BundleSpec
 from tasks.verb import _is_service_error, progress, reporting, verb
 
 
@@ -22,6 +24,14 @@ from tasks.verb import _is_service_error, progress, reporting, verb
 def test_only_a_failed_server_is_asked_again(error, again):
     """Bad input fails the same way each time, and a bug too."""
     assert _is_service_error(None, None, Failed(data=error)) is again
+
+
+def test_prefect_can_walk_through_what_a_bundle_file_says():
+    """It calls dict() on a task's arguments; a field named `keys` would be taken for a mapping's method."""
+    spec = BundleSpec.model_validate({"name": "a", "base_model": "b", "approval": {"needed": 1}})
+    found: set[str] = set()
+    visit_collection(spec, lambda part: found.add(type(part).__name__), return_data=False)
+    assert {"BundleSpec", "ApprovalPolicy", "GateRules", "Recipe"} <= found
 
 
 def test_nothing_is_cached_by_prefect():

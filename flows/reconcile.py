@@ -56,8 +56,8 @@ def reconcile(settle_s: _Seconds = 0) -> dict[str, Any]:
 
     Returns:
         ``bundles``: by name, its ``state`` (``unchanged``, ``merged``, ``waiting`` for adapters or
-        ``changing`` right now), ``fingerprint``, ``bundle_id``, whether its gates ``passed``, and as ``version``
-        under which number it was released before, if it was and is not live;
+        ``changing`` right now), ``fingerprint``, ``bundle_id``, whether its gates ``passed``,
+        ``candidate_state``, and as ``version`` under which number it was released before, if it was and is not live;
         ``released``: what an interrupted approval had left to publish; ``corrected_in_mlflow``: by name, the bundle
         that MLflow showed as live though another one is; ``seconds``.
 
@@ -92,8 +92,9 @@ def _reconcile(settings: Settings, settle_s: float) -> dict[str, Any]:
             channel = channels.get(candidate.name, "stable")
             released.append(release(candidate.name, candidate.bundle_id, channel))
     for name, bundle in bundles.items():
-        if bundle.get("passed") and asks_in_ui(settings, name):
-            _ask_in_ui(settings, name, bundle["bundle_id"])
+        if "bundle_id" in bundle:
+            with _held_back(problems):
+                bundle["candidate_state"] = _asked_for(settings, name, bundle["bundle_id"])
     shown = {name: show_live(settings, name, channel) for name, channel in channels.items()}
     corrected = {name: showed for name, showed in shown.items() if showed is not None}
     for name, showed in corrected.items():
@@ -133,10 +134,12 @@ def _held_back(problems: list[HydraoptError]) -> Iterator[None]:
         problems.append(problem)
 
 
-def _ask_in_ui(settings: Settings, name: str, bundle_id: str) -> None:
-    """Open the form for a candidate that waits; one that has a form gets no second one."""
-    if candidate_status(settings, name, bundle_id).state == "awaiting-approval":
+def _asked_for(settings: Settings, name: str, bundle_id: str) -> str:
+    """Where a candidate stands. If it waits and the policy counts Prefect's form, there is one: never a second one."""
+    state = candidate_status(settings, name, bundle_id).state
+    if state == "awaiting-approval" and asks_in_ui(settings, name):
         open_form(name, bundle_id)
+    return state
 
 
 def _bring_up_to_date(settings: Settings, desired: DesiredSet) -> dict[str, Any]:

@@ -206,7 +206,7 @@ def _bundle_line(name: str, bundle: dict[str, Any]) -> str:
             "code than this command: `hydraopt down` and `hydraopt up`"
         )
     gates = "gates passed" if bundle["passed"] else "gates FAILED"
-    line = f"{name}: {bundle['state']}, candidate {bundle['bundle_id'][:12]}, {gates}"
+    line = f"{name}: {bundle['state']}, candidate {bundle['bundle_id'][:12]}, {gates}, {bundle['candidate_state']}"
     if bundle["version"] is not None:
         line += (
             f"; it was version {bundle['version']} and is not live: "

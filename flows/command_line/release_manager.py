@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -69,9 +70,10 @@ def approve(
 
     Example: hydraopt approve 1f3a9c --as ana --key ana.pem
     """
+    from hydraopt.errors import RecordError
     from infra.approvers import approvers_of
     from infra.candidates import approve as sign
-    from infra.candidates import count, resolve
+    from infra.candidates import count, list_candidates, resolve
     from infra.object_store import ObjectStore
     from infra.settings import Settings
     from infra.signatures import load_private_key
@@ -84,6 +86,13 @@ def approve(
     signed = sign(store, bundle, whole_id, who, private, approvers)
     sign_off = count(store, bundle, whole_id, approvers)
     output.show(f"{bundle} {whole_id[:12]} is approved by {signed['as']}: {sign_off.missing}")
+    with suppress(RecordError):  # a hint: a damaged record of another candidate stops nothing
+        newest = list_candidates(store, bundle)[0]
+        if newest.bundle_id != whole_id and newest.state != "rejected":
+            output.note(
+                f"{bundle} has a newer candidate, {newest.bundle_id[:12]} ({newest.state}): this one holds adapters or "
+                "settings that were replaced since"
+            )
     result = {
         "approval": signed,
         "approvals": len(sign_off.by),

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from hydraopt.precision import LOW_BITS
 
-SOLVER_VERSION = "4"
+SOLVER_VERSION = "5"
 """Raised whenever the same adapters and recipe would give a different bundle."""
 
 Method = Literal["hydraopt", "paper", "separate", "two-sided", "ta", "ties", "dare", "dare-ties", "gradient"]

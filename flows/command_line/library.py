@@ -173,8 +173,10 @@ def frontier(
     """
     from hydraopt.merging.frontier import frontier as trace
 
+    start = time.perf_counter()
     with output.progress() as progress:
         points = trace(_named(adapters), dtype=dtype, device=device, progress=progress)
+    seconds = time.perf_counter() - start
     table = Table("method", "bits", "budget", "storage", "relative error")
     for point in points:
         table.add_row(
@@ -189,7 +191,12 @@ def frontier(
         from hydraopt.report.charts import plot_frontier
 
         output.show(f"drawn: {plot_frontier(points, plot)}")
-    return {"points": [vars(point) for point in points], "plot": plot}
+    return {
+        "points": [vars(point) for point in points],
+        "plot": plot,
+        "seconds": seconds,
+        "peak_rss_bytes": _peak_rss_bytes(),
+    }
 
 
 @command("inspect")

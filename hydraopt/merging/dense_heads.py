@@ -165,7 +165,7 @@ def curve_options(
 
     Args:
         problem: The module.
-        energies: (n,): :func:`hydraopt.merging.basis.stacked_energies`.
+        energies: (n,): of a basis, :class:`hydraopt.merging.basis.Basis`.
         ranks: Candidates for q, ascending.
         bits: Precisions, finest first.
     """

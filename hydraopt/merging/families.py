@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from hydraopt.merging import dense_heads, separate, shared_a, shared_b, two_sided
-from hydraopt.merging.basis import find_basis, stacked_energies
+from hydraopt.merging.basis import Basis, find_basis
 from hydraopt.merging.budget import ModuleCurves
 from hydraopt.merging.grouping import SharedHeads, group_tasks
 from hydraopt.merging.option import Floats, Option
@@ -57,7 +57,11 @@ def worthwhile(curves: ModuleCurves, prices: Floats, window: slice) -> Search:
 
 
 def shared_options(
-    problem: ModuleProblem, families: Iterable[str], bits: Sequence[int], most: int
+    problem: ModuleProblem,
+    families: Iterable[str],
+    bits: Sequence[int],
+    most: int,
+    inputs: Basis | None = None,
 ) -> list[Option]:
     """Every option of the given families in which tasks share something.
 
@@ -66,6 +70,7 @@ def shared_options(
         families: Names of families; "separate" shares nothing.
         bits: Precisions, finest first.
         most: Largest rank of a shared factor.
+        inputs: Of the input side, if it was found already.
     """
     wanted = set(families)
     if problem.metric is not None:  # it belongs to the input side alone
@@ -74,8 +79,8 @@ def shared_options(
     ranks = shared_a.candidate_ranks(min(stacked, problem.d_in), most)
     found = []
     if wanted & {shared_a.NAME, two_sided.NAME}:
-        inputs = find_basis(problem, ranks[-1])
-    if shared_a.NAME in wanted:
+        inputs = inputs or find_basis(problem, ranks[-1])
+    if inputs and shared_a.NAME in wanted:
         found += shared_a.options(problem, inputs, ranks, bits)
     if wanted & OUTPUT_SIDE:
         mirror = problem.mirror()
@@ -83,7 +88,7 @@ def shared_options(
         outputs = find_basis(mirror, out_ranks[-1])
         if shared_b.NAME in wanted:
             found += shared_b.options(mirror, outputs, out_ranks, bits)
-        if two_sided.NAME in wanted:
+        if inputs and two_sided.NAME in wanted:
             found += two_sided.options(problem, inputs, outputs, ranks, bits)
     return found
 
@@ -110,11 +115,23 @@ def dense_options(
     return dense_heads.options(problem, find_basis(problem, limit, exact=True), ranks, bits)
 
 
-def dense_curve(problem: ModuleProblem, bits: Sequence[int]) -> list[Option]:
-    """What :func:`dense_options` with a head for each task would come to, and nothing to build: a third of its time."""
-    limit = largest_rank(problem.downs.shape[0] * problem.downs.shape[1], problem.d_in, None)
-    energies = stacked_energies(problem).cpu().numpy()
-    return dense_heads.curve_options(problem, energies, range(1, limit + 1), bits)
+def widest_basis(problem: ModuleProblem) -> Basis:
+    """A basis of the input side for every family and rank."""
+    return find_basis(
+        problem, largest_rank(problem.downs.shape[0] * problem.downs.shape[1], problem.d_in, None)
+    )
+
+
+def dense_curve(problem: ModuleProblem, inputs: Basis, bits: Sequence[int]) -> list[Option]:
+    """What :func:`dense_options` with a head for each task would come to, and nothing to build.
+
+    Args:
+        problem: The module.
+        inputs: From :func:`widest_basis`.
+        bits: Precisions, finest first.
+    """
+    energies = inputs.energies.cpu().numpy()
+    return dense_heads.curve_options(problem, energies, range(1, inputs.count + 1), bits)
 
 
 def largest_rank(stacked: int, d_in: int, asked: int | None) -> int:

@@ -74,12 +74,14 @@ def frontier(
     ]
     run = MergeRun(opened, recipes[0], find_device(device), progress or silent)
     sets = sorted({recipe.precisions for recipe in recipes if recipe.method != "paper"})
-    traced = dict(zip(sets, run.trace_frontier(sets), strict=True))
+    dense = next((recipe.precisions for recipe in recipes if recipe.method == "paper"), None)
+    curves_of_sets, paper = run.trace_frontier(sets, dense)
+    traced = dict(zip(sets, curves_of_sets, strict=True))
     points = []
     refused: BudgetError | None = None
     for recipe in recipes:
         one = run.under(recipe)
-        modules = one.trace_dense_curve() if recipe.method == "paper" else traced[recipe.precisions]
+        modules = paper if paper is not None and recipe.method == "paper" else traced[recipe.precisions]
         for budget in budgets:
             wanted = make_recipe(**(recipe.model_dump() | {"budget": budget}))
             try:

@@ -34,7 +34,14 @@ from hydraopt.merging.budget import (
     within_error,
 )
 from hydraopt.merging.dense_forms import DenseForms
-from hydraopt.merging.families import OUTPUT_SIDE, Search, dense_curve, shared_options, worthwhile
+from hydraopt.merging.families import (
+    OUTPUT_SIDE,
+    Search,
+    dense_curve,
+    shared_options,
+    widest_basis,
+    worthwhile,
+)
 from hydraopt.merging.option import Choice, Floats, Option, StoredModule
 from hydraopt.merging.parallel import in_order
 from hydraopt.merging.problem import Grams, ModuleProblem, load_module, module_names
@@ -187,28 +194,23 @@ class MergeRun:
         traced = self._trace_all(families, (self.recipe.precisions,))
         return PricedModules([curves for (curves,) in traced], self.prices)
 
-    def trace_frontier(self, precisions: Sequence[tuple[int, ...]]) -> list[PricedModules]:
+    def trace_frontier(
+        self, precisions: Sequence[tuple[int, ...]], dense: tuple[int, ...] | None
+    ) -> tuple[list[PricedModules], PricedModules | None]:
         """As :meth:`trace` for any budget, at several sets of precisions: the bases and spectra are found once.
 
+        Args:
+            precisions: Sets of them.
+            dense: The set for the paper's form with a head for each task, whose curve comes from the same bases. None
+                is no such curve.
+
         Returns:
-            Per set of precisions.
+            Per set of precisions; and of the paper's form, for sizes and errors alone.
         """
-        traced = self._trace_all(frozenset(self.recipe.families), precisions, any_price=True)
-        return [PricedModules(column, self.prices) for column in zip(*traced, strict=True)]
-
-    def trace_dense_curve(self) -> PricedModules:
-        """As :meth:`trace` of the paper's form with a head for each task, for sizes and errors alone."""
-        _ = self.weights
-
-        def options(item: tuple[str, Grams]) -> ModuleCurves:
-            name, grams = item
-            own = self._own_option(name)
-            is_changed = own.heads.energies.any()
-            dense = dense_curve(self._load(name, grams), self.recipe.precisions) if is_changed else []
-            return ModuleCurves.unpriced([own, *dense])
-
-        found = self._each(options, list(self._grams.items()), "trace the curves")
-        return PricedModules(list(found), np.empty(0))
+        traced = self._trace_all(frozenset(self.recipe.families), precisions, dense, any_price=True)
+        columns = list(zip(*traced, strict=True))
+        paper = None if dense is None else PricedModules(columns.pop(), np.empty(0))
+        return [PricedModules(column, self.prices) for column in columns], paper
 
     def _dense_options(self) -> list[list[Option]]:
         _ = self.weights
@@ -226,39 +228,70 @@ class MergeRun:
         return list(self._each(options, list(self._grams.items()), "trace the curves"))
 
     def _trace_all(
-        self, families: frozenset[str], precisions: Sequence[tuple[int, ...]], *, any_price: bool = False
+        self,
+        families: frozenset[str],
+        precisions: Sequence[tuple[int, ...]],
+        dense: tuple[int, ...] | None = None,
+        *,
+        any_price: bool = False,
     ) -> list[list[ModuleCurves]]:
         _ = self.weights, self.prices  # needed before the first module
         if len(self.modules) <= _FEW_MODULES or not families & OUTPUT_SIDE:
-            return self._trace({name: Search(families) for name in self.modules}, precisions)
+            return self._trace({name: Search(families) for name in self.modules}, precisions, dense)
         # Look in all modules of a kind (all `up_proj`, say) only for what pays in one of them.
         kinds: dict[str, list[str]] = {}
         for name in self.modules:
             kinds.setdefault(re.sub(r"\d+", "#", name), []).append(name)
         tried = {kind: names[len(names) // 2] for kind, names in kinds.items()}
-        found = self._trace({name: Search(families) for name in tried.values()}, precisions)
+        found = self._trace({name: Search(families) for name in tried.values()}, precisions, dense)
         curves = dict(zip(tried.values(), found, strict=True))
         first = [one[0] for one in found]
         window = slice(None) if any_price else self._price_window(first, list(tried.values()))
         searches = {
-            name: Search.joined([worthwhile(one, self.prices, window) for one in curves[tried[kind]]])
+            name: Search.joined(
+                [worthwhile(one, self.prices, window) for one in curves[tried[kind]][: len(precisions)]]
+            )
             for kind, names in kinds.items()
             for name in names
             if name not in curves
         }
-        curves |= zip(searches, self._trace(searches, precisions), strict=True)
+        curves |= zip(searches, self._trace(searches, precisions, dense), strict=True)
         return [curves[name] for name in self.modules]
 
     def _trace(
-        self, searches: Mapping[str, Search], precisions: Sequence[tuple[int, ...]]
+        self,
+        searches: Mapping[str, Search],
+        precisions: Sequence[tuple[int, ...]],
+        dense: tuple[int, ...] | None,
     ) -> list[list[ModuleCurves]]:
+        """By module its curves at each set of precisions and, where that is asked for, of the paper's form last."""
+
         def curves(item: tuple[str, Search, Grams]) -> list[ModuleCurves]:
-            name, search, grams = item
-            options = [self._own_option(name), *self._shared_options(name, search, grams)]
-            return [ModuleCurves.of([one.at(bits) for one in options], self.prices) for bits in precisions]
+            options, paper = self._options(*item, dense)
+            found = [ModuleCurves.of([one.at(bits) for one in options], self.prices) for bits in precisions]
+            return found if dense is None else [*found, ModuleCurves.unpriced(paper)]
 
         work = [(name, search, self._grams[name]) for name, search in searches.items()]
         return list(self._each(curves, work, "trace the curves"))
+
+    def _options(
+        self, name: str, search: Search, grams: Grams, dense: tuple[int, ...] | None
+    ) -> tuple[list[Option], list[Option]]:
+        """Ways to store a module, "separate" first; and of the paper's form for a curve, if that is asked for."""
+        own = self._own_option(name)
+        shared, paper = [own], [] if dense is None else [own.at(dense)]
+        is_shared = bool(search.families - {separate.NAME}) and len(self._spectra[name]) > 1
+        is_dense = dense is not None and bool(own.heads.energies.any())
+        if is_shared or is_dense:
+            problem = self._load(name, grams)
+            inputs = widest_basis(problem) if is_dense else None
+            if is_shared:
+                shared += shared_options(
+                    problem, search.families, self.recipe.precisions, search.most, inputs
+                )
+            if inputs is not None and dense is not None:
+                paper += dense_curve(problem, inputs, dense)
+        return shared, paper
 
     def _price_window(self, curves: Sequence[ModuleCurves], names: Sequence[str]) -> slice:
         """The two prices between which these modules alone would take their share of the budget or error."""
@@ -282,11 +315,6 @@ class MergeRun:
         for k, (task, spectrum) in enumerate(spectra.items()):
             energies[k, : len(spectrum)] = self.weights[task] * spectrum
         return separate.option(energies, self.assembly.shape(name), self.recipe.precisions)
-
-    def _shared_options(self, name: str, search: Search, grams: Grams) -> list[Option]:
-        if search.families <= {separate.NAME} or len(self._spectra[name]) == 1:
-            return []
-        return shared_options(self._load(name, grams), search.families, self.recipe.precisions, search.most)
 
     def solve(self, curves: PricedModules, recipe: Recipe) -> list[Choice]:
         """What every module stores under ``recipe``.

@@ -5,7 +5,8 @@
 
 Each merge runs as a process of its own, as `hydraopt merge` does for a user, so its peak memory is its own. Beside
 it, in the same run, stands the floor: reading every byte of the same files once. Quote the ratio; absolute times are
-the machine's. `seconds` is the merge with the writing of the bundle, `wall` the whole process from its start.
+the machine's. `seconds` is the merge with the writing of the bundle, or the frontier without its plot; `wall` the whole
+process from its start.
 
 Cases: `1b` compares methods, a merge onto a kept shared part after one adapter changed, and the frontier; `scaling`
 merges more and more adapters; `8b` 16 adapters of rank 32 of Llama-3.1-8B's shapes.
@@ -142,7 +143,7 @@ def _measure(run: Run) -> dict[str, float]:
     return {
         "floor": floor,
         "wall": wall,
-        "seconds": result.get("seconds", wall),
+        "seconds": result["seconds"],
         "rss": usage.ru_maxrss / 2**20,
         "storage": result.get("storage_ratio", float("nan")),
         "error": result.get("relative_error", float("nan")),

@@ -1,6 +1,7 @@
 """The library's commands on adapters of several kinds, as a user types them."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -112,3 +113,50 @@ def test_merge_keeps_a_former_bundles_shared_part(adapters, tmp_path):
     assert found["tasks"]["vectors"]["relative_error"] < 1e-6
     code, found = run("merge", *adapters.values(), *kept, "--dtype", "float16")
     assert (code, "contradicts" in json.dumps(found)) == (2, True)
+
+
+@pytest.mark.parametrize("suffix", ["png", "html"])
+def test_frontier_tells_and_draws_what_every_method_comes_to(suffix, tmp_path):
+    """Smaller is worse within every method; the picture is what its name says and needs nothing from elsewhere."""
+    folders = [lora(tmp_path / name, seed) for seed, name in enumerate(("mood", "topic"))]
+    code, found = run("frontier", *folders, "--plot", tmp_path / f"frontier.{suffix}")
+    assert code == 0
+    assert found["seconds"] > 0
+    assert found["peak_rss_bytes"] > 1 << 20
+    methods = {(point["method"], point["bits"]) for point in found["points"]}
+    assert methods >= {("hydraopt", "auto"), ("separate", 16), ("paper", 16)}
+    for line in methods:
+        own = [point for point in found["points"] if (point["method"], point["bits"]) == line]
+        assert [point["budget"] for point in own] == sorted(point["budget"] for point in own)
+        assert [point["relative_error"] for point in own] == sorted(
+            (point["relative_error"] for point in own), reverse=True
+        )
+    drawn = (tmp_path / f"frontier.{suffix}").read_bytes()
+    if suffix == "png":
+        assert drawn.startswith(b"\x89PNG")
+    else:
+        assert b"<html" in drawn[:1000].lower()
+        assert not re.search(rb"<(script|link)[^>]*(src|href)=", drawn)
+
+
+def lora(folder, seed, rank=8, size=256):
+    """A LoRA on two modules."""
+    generator = torch.Generator().manual_seed(seed)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": "tiny/base",
+        "r": rank,
+        "lora_alpha": 16,
+        "target_modules": ["q", "v"],
+    }
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    shapes = {"lora_A": (rank, size), "lora_B": (size, rank)}
+    tensors = {
+        f"base_model.model.layers.0.{module}.{side}.weight": torch.randn(*shape, generator=generator)
+        for module in ("q", "v")
+        for side, shape in shapes.items()
+    }
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder

@@ -23,6 +23,7 @@ from hydraopt.merging.budget import (
 )
 from hydraopt.merging.option import LEFT_OUT, Levels, Part, Rates
 from hydraopt.merging.problem import ModuleProblem, load_module
+from hydraopt.merging.products import bfloat16_products
 
 D_OUT, D_IN, RANK, TASKS = 20, 28, 4, 5
 FULL = (32,)
@@ -153,6 +154,24 @@ def test_the_iteration_finds_what_the_full_decomposition_finds():
     torch.testing.assert_close(found.rows @ found.rows.mT, torch.eye(40), rtol=0, atol=5e-3)
     along = (one.cores @ found.cross).square().sum(dim=(0, 1))
     torch.testing.assert_close(along, found.energies, rtol=5e-3, atol=5e-3)
+
+
+def test_rows_are_as_precise_where_products_round_to_bfloat16():
+    """Adapters of bfloat16 numbers, few enough for the full decomposition: each row holds the energy it is said to, the
+    weak ones, which are sums of large numbers that cancel, as well. 2e-2: the rows are rounded to bfloat16. Says
+    nothing on processors without units for bfloat16, which round nothing."""
+    g = torch.Generator().manual_seed(0)
+    decay = torch.logspace(0, -2, 8)
+    downs = torch.randn(30, 8, 300, generator=g) * 0.01 + torch.randn(1, 8, 300, generator=g)
+    one = ModuleProblem(
+        "m", tuple(map(str, range(30))), torch.ones(30, dtype=torch.float64),
+        (torch.randn(30, 100, 8, generator=g) * decay).bfloat16().float(), downs.bfloat16().float(), (8,) * 30,
+        is_bfloat16=True,
+    )  # fmt: skip
+    with bfloat16_products(allowed=True):
+        found = find_basis(one, 16)
+    along = (one.cores @ (one.downs.double() @ found.rows.double().mT)).square().sum(dim=(0, 1))
+    torch.testing.assert_close(along, found.energies, rtol=2e-2, atol=0)
 
 
 def test_every_vector_takes_its_cheapest_precision():

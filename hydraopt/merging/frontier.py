@@ -10,9 +10,8 @@ from pathlib import Path
 from hydraopt.adapters import Adapter
 from hydraopt.errors import BudgetError
 from hydraopt.merging.budget import total_error
-from hydraopt.merging.merge import check_set, find_device, make_recipe, open_adapter, silent
+from hydraopt.merging.merge import find_device, make_recipe, open_set, silent
 from hydraopt.merging.run import MergeRun
-from hydraopt.names import check_task_name
 from hydraopt.progress import Progress
 
 BUDGETS = (0.03, 0.05, 0.07, 0.1, 0.125, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9)
@@ -65,8 +64,7 @@ def frontier(
         AdapterMismatchError: As for :func:`hydraopt.merge`.
         BudgetError: If no budget can be met by any method.
     """
-    opened = {check_task_name(task): open_adapter(adapters[task]) for task in sorted(adapters)}
-    check_set(opened)
+    opened = open_set(adapters)
     curves = [(m, b) for m, b in CURVES if dtype != "float32" or (b == "auto" and m != "paper")]
     # Traced under the largest budget: a smaller one may not even hold the headers of a set of tiny adapters.
     recipes = [

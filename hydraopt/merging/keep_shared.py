@@ -150,7 +150,7 @@ class KeepingRun:
         return dict(
             zip(
                 self.modules,
-                in_order(trace, self.modules, "weigh the changed tasks", self.progress),
+                self._each(trace, self.modules, "weigh the changed tasks"),
                 strict=True,
             )
         )
@@ -283,7 +283,10 @@ class KeepingRun:
             return stored
 
         work = list(zip(self.modules, choices, strict=True))
-        return in_order(build, work, "build the heads", self.progress)
+        return self._each(build, work, "build the heads")
+
+    def _each(self, function: Callable[[Item], Result], items: Sequence[Item], what: str) -> Iterator[Result]:
+        return in_order(function, items, what, self.progress, numbers=self.assembly.numbers_per_module)
 
     def _load(self, name: str, weights: Mapping[str, float]) -> ModuleProblem:
         # A metric belongs to the input side alone: families that share the output side do without.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -112,11 +112,7 @@ def merge(
         "calibration": None if metrics is None else metrics.digest,
     }
     given = {name: value for name, value in given.items() if value is not None}
-    opened = {check_task_name(task): open_adapter(adapters[task]) for task in sorted(adapters)}
-    check_set(opened)
-    former = (
-        keep_shared if keep_shared is None or isinstance(keep_shared, Bundle) else Bundle.load(keep_shared)
-    )
+    opened, former = _opened(adapters, keep_shared)
     if former is not None:
         given = kept_settings(former, given, opened)
     elif not given.keys() & {"budget", "max_error", "rank"} and method not in ONE_FOR_ALL:
@@ -131,6 +127,29 @@ def merge(
     if recipe.method in ONE_FOR_ALL and recipe.rank is None:
         recipe = recipe.model_copy(update={"rank": largest_input_rank(opened)})
     return MergeRun(opened, recipe, where, report, metrics, executor=executor).run()
+
+
+def _opened(
+    adapters: Mapping[str, Adapter | Path | str], keep_shared: Bundle | Path | str | None
+) -> tuple[dict[str, Adapter], Bundle | None]:
+    """The set in the order of its names, and the former bundle, whose bytes are read beside the adapters' headers."""
+    if keep_shared is None or isinstance(keep_shared, Bundle):
+        return open_set(adapters), keep_shared
+    with ThreadPoolExecutor(1) as beside:
+        former = beside.submit(Bundle.load, keep_shared)
+        return open_set(adapters), former.result()
+
+
+def open_set(adapters: Mapping[str, Adapter | Path | str]) -> dict[str, Adapter]:
+    """Adapters in the order of their names, opened and checked to fit together.
+
+    Raises:
+        AdapterFormatError: If one cannot be read exactly.
+        AdapterMismatchError: As for :func:`merge`.
+    """
+    opened = {check_task_name(task): open_adapter(adapters[task]) for task in sorted(adapters)}
+    check_set(opened)
+    return opened
 
 
 def make_recipe(**settings: object) -> Recipe:

@@ -7,6 +7,7 @@ a Dask client's can.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,6 +20,10 @@ from hydraopt.progress import Progress
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+FEW_NUMBERS = 1 << 19
+"""Numbers of a module below which its operations are so short that threads wait for the interpreter's lock more than
+they gain."""
+
 _AHEAD = 16
 """Items an executor of unknown size is handed before the first result is taken."""
 
@@ -29,6 +34,8 @@ def in_order(
     what: str,
     progress: Progress,
     executor: Executor | None = None,
+    *,
+    numbers: float = math.inf,
 ) -> Iterator[Result]:
     """``map`` over workers, with progress; only a few items are in memory at once.
 
@@ -37,25 +44,29 @@ def in_order(
         items: The items.
         what: Says so to the person who waits.
         progress: Told of every item that is done.
-        executor: Runs the function elsewhere; None is a pool of ``torch.get_num_threads()`` threads.
+        executor: Runs the function elsewhere; None is a pool of ``torch.get_num_threads()`` threads, or of one where
+            items are small.
+        numbers: In an item, on average, if its work grows with them.
 
     Yields:
         The results in the order of ``items``.
     """
-    for done, result in enumerate(_results(function, items, executor)):
+    for done, result in enumerate(_results(function, items, executor, numbers)):
         progress(done, len(items), what)
         yield result
     progress(len(items), len(items), what)
 
 
 def _results(
-    function: Callable[[Item], Result], items: Sequence[Item], executor: Executor | None
+    function: Callable[[Item], Result], items: Sequence[Item], executor: Executor | None, numbers: float
 ) -> Iterator[Result]:
     if executor is not None:
         yield from _through(executor, function, items, _AHEAD)
         return
-    with _single_threaded_operations() as threads, ThreadPoolExecutor(threads) as pool:
-        yield from _through(pool, function, items, threads)
+    with _single_threaded_operations() as threads:
+        workers = threads if numbers >= FEW_NUMBERS else 1
+        with ThreadPoolExecutor(workers) as pool:
+            yield from _through(pool, function, items, workers)
 
 
 def _through(

@@ -274,7 +274,9 @@ def _decide(store: ObjectStore, name: str, bundle_id: str, decision: Decision, w
     found = record.content.get("decision")
     if found != decision:
         way_out = (
-            "roll back if it is live" if found == "approved" else "a changed adapter gives a new candidate"
+            "roll back if it is live; if it is not and an approval expired, it stays out unless approved again"
+            if found == "approved"
+            else "a changed adapter gives a new candidate"
         )
         raise RefusedError(
             f"bundle {bundle_id} of {name!r} was {found} by {record.content.get('as')!r}, and that is final: {way_out}"

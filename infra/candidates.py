@@ -166,8 +166,8 @@ def _status(
             failures=tuple(_failure(one, bundle_id) for one in report.verdicts if not one.passed)
             if report
             else (),
-            decided_by=decided.get("as"),
-            decided_at=decided.get("time"),
+            decided_by=decided.get("as") if decision else None,
+            decided_at=decided.get("time") if decision else None,
             reason=content("rejected").get("reason"),
             approvals=len(sign_off.by) if sign_off else None,
             approvals_needed=sign_off.needed if sign_off else None,

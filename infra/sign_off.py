@@ -50,6 +50,9 @@ class SignOff(BaseModel):
     described_sha256: tuple[str, ...] = Field((), description="The records of documents they signed.")
     records: tuple[str, ...] = Field((), description="SHA-256 of the records that count.")
     ignored: tuple[str, ...] = Field((), description="Why the others do not count, a sentence each.")
+    broken: tuple[str, ...] = Field(
+        (), description="Those of these sentences on records that nobody trusted signed."
+    )
 
     @property
     def complete(self) -> bool:
@@ -86,17 +89,17 @@ def count_approvals(
             a policy that was changed since. None: for a release now.
     """
     check_bundle(name, bundle_id)
-    valid, ignored = [], []
+    valid, broken = list[Approval](), list[str]()
     for record in records:
         try:
             valid.append(open_approval(record, name, bundle_id, approvers))
         except RecordError as error:
-            ignored.append(str(error))
+            broken.append(str(error))
     if approvers.policy is not None:
         own = approvers.terms
-        return _count(valid, own, makers, released, ignored, same_terms=released is None)
+        return _count(valid, own, makers, released, broken, same_terms=released is None)
     terms = {one.terms.sha256: one.terms for one in valid} or {"": approvers.terms}
-    counts = [_count(valid, one, makers, released, ignored, same_terms=True) for one in terms.values()]
+    counts = [_count(valid, one, makers, released, broken, same_terms=True) for one in terms.values()]
     return max(counts, key=lambda one: (one.complete, len(one.by)))
 
 
@@ -110,13 +113,13 @@ def require(sign_off: SignOff, bundle_id: str, name: str) -> SignOff:
     """Return ``sign_off`` if it is complete.
 
     Raises:
-        RefusedError: If approvals are missing.
+        RefusedError: If approvals are missing, or given too early or under other rules.
         RecordError: If there are approvals, but none that can be trusted.
     """
     if sign_off.complete:
         return sign_off
-    if sign_off.ignored and not sign_off.by and sign_off.needed == 1:
-        raise RecordError(f"bundle {bundle_id[:12]} of {name!r}: {sign_off.ignored[-1]}")
+    if sign_off.broken and not sign_off.by:
+        raise RecordError(f"bundle {bundle_id[:12]} of {name!r}: {sign_off.broken[-1]}")
     raise RefusedError(
         f"bundle {bundle_id} of {name!r} is not approved: {sign_off.missing}. "
         f"Run `hydraopt approve {bundle_id[:12]} --as WHO --key FILE`"
@@ -175,14 +178,14 @@ def _count(
     terms: ApprovalTerms,
     makers: Iterable[str],
     released: datetime | None,
-    ignored: list[str],
+    broken: list[str],
     *,
     same_terms: bool,
 ) -> SignOff:
     """Those of ``valid`` that count under ``terms``."""
     made = {one.casefold() for one in makers}
     counted: dict[str, Approval] = {}
-    reasons = list(ignored)
+    reasons = list(broken)
     for one in sorted(valid, key=lambda one: (one.asserted, one.time)):
         why_not = _why_not(one, terms, made, released, same_terms=same_terms)
         asserted = sum(other.asserted for other in counted.values())
@@ -205,6 +208,7 @@ def _count(
         described_sha256=_said(counted.values(), "described_sha256"),
         records=tuple(one.record_sha256 for one in counted.values()),
         ignored=tuple(reasons),
+        broken=tuple(broken),
     )
 
 

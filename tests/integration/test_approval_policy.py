@@ -152,7 +152,7 @@ def test_approval_under_another_policy_counts_nothing_until_given_again(manager)
     bundle_id, _ = manager.judged(1)
     first = office.approve(bundle_id, "ana")
     office.policy = ApprovalPolicy(expires_days=3)
-    with pytest.raises(RecordError, match="another policy"):
+    with pytest.raises(RefusedError, match="another policy"):
         office.publish(bundle_id)
     assert office.state(bundle_id).state == "awaiting-approval"
     second = office.approve(bundle_id, "ana")
@@ -180,8 +180,10 @@ def test_approval_counts_for_its_time_only(manager, age, counts):
     if counts:
         assert office.publish(bundle_id).version == 1
         return
-    with pytest.raises(RecordError, match=r"expired|check the clocks"):
+    with pytest.raises(RefusedError, match=r"expired|check the clocks"):
         office.publish(bundle_id)
+    waiting = office.state(bundle_id)
+    assert (waiting.state, waiting.approvals, waiting.decided_by) == ("awaiting-approval", 0, None)
     office.approve(bundle_id, "ana")
     assert office.publish(bundle_id).version == 1
 
@@ -201,7 +203,7 @@ def test_what_was_released_in_time_stays_good(manager):
     office.policy = ApprovalPolicy(expires_days=5)
     assert rollback(manager.store, manager.name, "stable", office.approvers).live_version == 1
     assert on_device(manager, ids[0], office.approvers).by == ("ana",)
-    with pytest.raises(RecordError):
+    with pytest.raises(RefusedError):
         office.verify(ids[0])
 
 

@@ -12,6 +12,7 @@ from prefect.client.schemas.objects import TERMINAL_STATES, FlowRun, StateType
 from prefect.deployments import run_deployment
 
 import hydraopt.errors
+from flows.deployments import PROCESSES
 from hydraopt.errors import HydraoptError, ServiceError
 from infra.settings import Settings
 from tasks.stale_runs import close_dead_runs
@@ -49,6 +50,9 @@ def run_deployed(flow_name: str, parameters: dict[str, Any], *, steps: int, work
         started = looked = time.monotonic()
         while run.state is None or not run.state.is_final():
             if _nobody_came(run) and time.monotonic() - started > _PICK_UP_S:
+                if _are_all_busy(client):
+                    started = time.monotonic()
+                    continue
                 raise ServiceError(
                     f"no runner took the run {run.name!r} of {flow_name} within {_PICK_UP_S:.0f} s: "
                     "see `hydraopt status`, start it with `hydraopt up`"
@@ -87,6 +91,15 @@ def _start_or_join(
         if run.state is None or run.state.type in _UNDER_WAY:
             return run
     raise AssertionError("unreachable")
+
+
+def _are_all_busy(client: SyncPrefectClient) -> bool:
+    """Whether as many deployed runs are under way as a runner has processes for."""
+    under_way = {
+        "deployment_id": {"is_null_": False},
+        "state": {"type": {"any_": [StateType.PENDING.value, StateType.RUNNING.value]}},
+    }
+    return client.count_flow_runs(flow_run_filter=FlowRunFilter.model_validate(under_way)) >= PROCESSES
 
 
 def _nobody_came(run: FlowRun) -> bool:

@@ -22,6 +22,10 @@ from tasks.prefect_pages import every_flow_run
 
 Pool = Literal["cpu", "gpu"]
 
+PROCESSES = 8
+"""Runs that one runner or worker has at a time: more than there are flows that wait for others, so that a waiting
+reconcile never keeps its merge-set from starting."""
+
 
 class _WorkPool(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -19,12 +19,11 @@ from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.exceptions import ObjectAlreadyExists
 from prefect.workers.process import ProcessWorker
 
-from flows.deployments import Pool, clear_leftovers, read_entries
+from flows.deployments import PROCESSES, Pool, clear_leftovers, read_entries
 from infra.local_services.pools import service_of
 from infra.mlflow_webhook import listen
 from infra.settings import Settings
 
-_PROCESSES = 8
 _LOG = logging.getLogger("prefect.hydraopt.worker")
 
 
@@ -61,7 +60,7 @@ def main() -> None:
     register(pool)
     _LOG.info(device_line(pool))
     # Without a limit on the pool: a killed worker would keep its slots.
-    worker = ProcessWorker(work_pool_name=pool, name=service_of(pool), limit=_PROCESSES)
+    worker = ProcessWorker(work_pool_name=pool, name=service_of(pool), limit=PROCESSES)
     asyncio.run(_poll(worker))
 
 

@@ -4,10 +4,14 @@ import pytest
 
 pytest.importorskip("prefect")
 
+from prefect import flow
+from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun
-from prefect.states import AwaitingConcurrencySlot, Completed, Crashed, Failed, Late, Scheduled
+from prefect.states import AwaitingConcurrencySlot, Completed, Crashed, Failed, Late, Running, Scheduled
+from prefect.testing.utilities import prefect_test_harness
 
-from flows.deployed_run import _nobody_came, _raise_failure
+from flows.deployed_run import _are_all_busy, _nobody_came, _raise_failure
+from flows.deployments import PROCESSES
 from hydraopt.errors import BudgetError, RefusedError, ServiceError
 
 
@@ -43,3 +47,22 @@ def test_waiting_for_another_run_is_not_waiting_for_a_runner():
     assert _nobody_came(run(Scheduled()))
     assert _nobody_came(run(Late()))
     assert not _nobody_came(run(AwaitingConcurrencySlot()))
+
+
+def test_a_runner_whose_processes_are_all_taken_is_not_missing():
+    """A real server: only runs of deployments under way count, not those of this process or those that ended."""
+
+    @flow
+    def work():
+        pass
+
+    with prefect_test_harness(), get_client(sync_client=True) as client:
+        deployment = client.create_deployment(flow_id=client.create_flow(work), name="work")
+        runs = [client.create_flow_run_from_deployment(deployment) for _ in range(PROCESSES)]
+        client.create_flow_run(work, state=Running())
+        for run in runs:
+            assert not _are_all_busy(client)
+            client.set_flow_run_state(run.id, Running(), force=True)
+        assert _are_all_busy(client)
+        client.set_flow_run_state(runs[0].id, Completed(), force=True)
+        assert not _are_all_busy(client)

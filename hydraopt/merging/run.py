@@ -225,7 +225,9 @@ class MergeRun:
                 *(forms.options(name, lambda: self._load(name, grams)) if own.heads.energies.any() else []),
             ]
 
-        return list(self._each(options, list(self._grams.items()), "trace the curves"))
+        # Groups are told apart by products of directions, which are no bfloat16 numbers.
+        is_grouped = forms.sharing is not None
+        return list(self._each(options, list(self._grams.items()), "trace the curves", exact=is_grouped))
 
     def _trace_all(
         self,

@@ -146,6 +146,11 @@ class Assembly:
 
         return measured
 
+    def storage_ratio(self, choices: Sequence[Choice]) -> float:
+        """Of the bundle these choices would make."""
+        size = sum(choice.bytes for choice in choices) + self.container_bytes()(choices)
+        return size / self.reference_bytes
+
     def _chosen_bytes(self, name: str, choice: Choice) -> int:
         """Bytes of a module's entry in the manifest: what changes from price to price are its counts."""
         option, has = choice.option, self._has[name]

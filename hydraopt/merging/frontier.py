@@ -12,6 +12,7 @@ from hydraopt.errors import BudgetError
 from hydraopt.merging.budget import total_error
 from hydraopt.merging.merge import find_device, make_recipe, open_set, silent
 from hydraopt.merging.run import MergeRun
+from hydraopt.merging.solving import solve
 from hydraopt.progress import Progress
 
 BUDGETS = (0.03, 0.05, 0.07, 0.1, 0.125, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9)
@@ -83,12 +84,12 @@ def frontier(
         for budget in budgets:
             wanted = make_recipe(**(recipe.model_dump() | {"budget": budget}))
             try:
-                choices = one.solve(modules, wanted)
+                choices = solve(one.assembly, modules, wanted, run.total_weight)
             except BudgetError as reason:
                 refused = reason
                 continue
             error = math.sqrt(max(total_error(choices), 0.0) / max(run.total_weight, 1e-300))
-            ratio = one.storage_ratio(choices)
+            ratio = one.assembly.storage_ratio(choices)
             points.append(FrontierPoint(recipe.method, recipe.bits, budget, ratio, error))
     if not points and refused is not None:
         raise refused

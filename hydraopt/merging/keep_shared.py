@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TypeVar
 
 import numpy as np
@@ -36,9 +36,7 @@ from hydraopt.merging.budget import (
     ModuleCurves,
     PricedModules,
     every_direction,
-    fill,
     price_grid,
-    total_bytes,
     total_error,
     within_budget,
     within_error,
@@ -49,6 +47,7 @@ from hydraopt.merging.option import Choice, Floats, Option, StoredModule
 from hydraopt.merging.parallel import in_order
 from hydraopt.merging.problem import ModuleProblem, load_module, module_names
 from hydraopt.merging.run import TINY, check_finite, check_range
+from hydraopt.merging.solving import fit_container
 from hydraopt.merging.stored_factors import StoredFactors
 from hydraopt.progress import Progress
 from hydraopt.recipe import SOLVER_VERSION, Recipe
@@ -219,15 +218,7 @@ class KeepingRun:
                 f"changed tasks {', '.join(self.changed)}, and {left - size} are needed before their first direction; "
                 "give a larger budget or merge afresh, without keep_shared"
             )
-        while True:
-            choices = within_budget(curves, size)
-            over = total_bytes(choices) + self._container_bytes(choices) - left
-            if over <= 0:
-                break
-            size = max(size - over, 0)
-        filled = fill(choices, total_bytes(choices) - over - 64 - len(choices))
-        fits = total_bytes(filled) + self._container_bytes(filled) <= left
-        return filled if fits else choices
+        return fit_container(partial(within_budget, curves), size, left, self._container_bytes)
 
     def _bytes_left(self) -> int:
         """Bytes of the budget that neither the shared file nor the kept tasks' files take."""

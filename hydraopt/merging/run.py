@@ -1,4 +1,4 @@
-"""One merge, step by step: weigh the tasks, trace every module's curves, choose, build."""
+"""One merge, step by step: weigh the tasks, trace every module's curves, solve, build."""
 
 from __future__ import annotations
 
@@ -21,18 +21,7 @@ from hydraopt.errors import BudgetError
 from hydraopt.merging import separate
 from hydraopt.merging.assembly import Assembly
 from hydraopt.merging.baselines import one_for_all, refuse_zero_adapters
-from hydraopt.merging.budget import (
-    ModuleCurves,
-    PricedModules,
-    every_direction,
-    fill,
-    largest_uniform,
-    least_uniform,
-    price_grid,
-    total_bytes,
-    within_budget,
-    within_error,
-)
+from hydraopt.merging.budget import ModuleCurves, PricedModules, price_grid
 from hydraopt.merging.dense_forms import DenseForms
 from hydraopt.merging.families import (
     OUTPUT_SIDE,
@@ -46,6 +35,7 @@ from hydraopt.merging.option import Choice, Floats, Option, StoredModule
 from hydraopt.merging.parallel import in_order
 from hydraopt.merging.problem import Grams, ModuleProblem, load_module, module_names
 from hydraopt.merging.products import bfloat16_products
+from hydraopt.merging.solving import UNIFORM, most_factor_bytes, solve
 from hydraopt.progress import Progress
 from hydraopt.recipe import ONE_FOR_ALL, Recipe
 
@@ -53,11 +43,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 TINY = 1e-280  # squared norms below it are zero: their inverse would overflow
-UNIFORM = ("paper", "gradient")
-"""Methods with one rank of ``A'`` for all modules."""
-
 _FEW_MODULES = 48
-_FILLINGS = 4
 
 
 class MergeRun:
@@ -121,13 +107,13 @@ class MergeRun:
                 lambda: {task: hashed(adapter) for task, adapter in self.adapters.items()}
             )
             if self.recipe.budget is not None and self.recipe.budget < 1:
-                self._most_factor_bytes(self.recipe)  # refuse at once what no amount of work would meet
+                most_factor_bytes(self.assembly, self.recipe)  # refuse at once what no work would meet
             choices = self._choices()
             return self.assembly.bundle(self.assembly.entries(choices), self._build(choices), wanted.result())
 
     def _choices(self) -> list[Choice]:
         if self.recipe.method not in ONE_FOR_ALL:
-            return self.solve(self.trace(), self.recipe)
+            return solve(self.assembly, self.trace(), self.recipe, self.total_weight)
         return [
             one_for_all(self.recipe, self.assembly.shape(name), self.assembly.ranks(name))
             for name in self.modules
@@ -214,7 +200,7 @@ class MergeRun:
 
     def _dense_options(self) -> list[list[Option]]:
         _ = self.weights
-        size = None if self.recipe.budget is None else self._most_factor_bytes(self.recipe)
+        size = None if self.recipe.budget is None else most_factor_bytes(self.assembly, self.recipe)
         forms = DenseForms.of(self.recipe, self.assembly, size)
 
         def options(item: tuple[str, Grams]) -> list[Option]:
@@ -317,87 +303,6 @@ class MergeRun:
         for k, (task, spectrum) in enumerate(spectra.items()):
             energies[k, : len(spectrum)] = self.weights[task] * spectrum
         return separate.option(energies, self.assembly.shape(name), self.recipe.precisions)
-
-    def solve(self, curves: PricedModules, recipe: Recipe) -> list[Choice]:
-        """What every module stores under ``recipe``.
-
-        Args:
-            curves: From :meth:`trace`; families the recipe's method does not allow are left aside.
-            recipe: Its method, and its budget, error bound or rank.
-
-        Raises:
-            BudgetError: If the budget or error bound cannot be met.
-        """
-        if recipe.method in UNIFORM:
-            return self._solve_paper(curves, recipe)
-        own = [module.options[0] for module in curves.modules]
-        if recipe.budget == 1:
-            return every_direction(own, [self.assembly.ranks(name) for name in self.modules])
-        if recipe.rank is not None:
-            ranks = [[min(rank, recipe.rank) for rank in self.assembly.ranks(name)] for name in self.modules]
-            return every_direction(own, ranks)
-        allowed = curves.only({separate.NAME, *recipe.families})
-        if recipe.max_error is not None:
-            return within_error(allowed, recipe.max_error**2 * self.total_weight)
-        # Compared with at the end: adapting must never lose to the simple form at the same bytes.
-        alone = curves.only({separate.NAME}) if recipe.method == "hydraopt" else None
-        return self._fit_container(recipe, lambda size: within_budget(allowed, size, alone))
-
-    def _fit_container(self, recipe: Recipe, within: Callable[[int], list[Choice]]) -> list[Choice]:
-        """The solution within the recipe's bytes, of which the manifest takes more the more there is to tell."""
-        allowed, size = self._allowed_bytes(recipe), self._most_factor_bytes(recipe)
-        container_bytes = self.assembly.container_bytes()
-        slack = 24 + len(
-            self.modules
-        )  # what other counts may lengthen the manifest by, a digit or an entry here and there
-        while True:
-            choices = within(size)
-            left = allowed - total_bytes(choices) - container_bytes(choices)
-            if left >= 0:
-                break
-            size = max(size + left - slack, 0) if size else -1
-        for _ in range(_FILLINGS):
-            filled = fill(choices, total_bytes(choices) + left - slack)
-            now = allowed - total_bytes(filled) - container_bytes(filled)
-            if now < 0 or now == left:
-                break
-            choices, left = filled, now
-        return choices
-
-    def _solve_paper(self, modules: PricedModules, recipe: Recipe) -> list[Choice]:
-        if recipe.rank is not None:
-            return modules.uniform(recipe.rank)
-        if recipe.max_error is not None:
-            return least_uniform(modules, recipe.max_error**2 * self.total_weight)
-        return self._fit_container(recipe, lambda size: largest_uniform(modules, size))
-
-    def _allowed_bytes(self, recipe: Recipe) -> int:
-        """Bytes of the bundle under the recipe's budget."""
-        # float32 was asked for knowingly: the budget is then a share of the inputs at four bytes a number.
-        return int((recipe.budget or 0.0) * self.assembly.reference_bytes * max(1.0, self.dtype.itemsize / 2))
-
-    def _most_factor_bytes(self, recipe: Recipe) -> int:
-        """How many bytes of factors the budget leaves once extras, headers and the shortest manifest are paid.
-
-        Raises:
-            BudgetError: If nothing is left; the message says the smallest budget that works.
-        """
-        allowed, fixed = self._allowed_bytes(recipe), self.assembly.least_container_bytes()
-        if allowed < fixed:
-            reference = self.assembly.reference_bytes * max(1.0, self.dtype.itemsize / 2)
-            # 16: the budget's own digits are in the manifest
-            minimum = math.ceil(1000 * (fixed + 16) / reference) / 1000
-            raise BudgetError(
-                f"budget={recipe.budget}: {allowed} bytes do not hold the {fixed} bytes that are always needed "
-                f"({self.assembly.extra_bytes} of whole-layer extras, the rest manifest and headers); the least "
-                f"possible budget is {minimum}"
-            )
-        return allowed - fixed
-
-    def storage_ratio(self, choices: Sequence[Choice]) -> float:
-        """Storage ratio of the bundle these choices would make."""
-        size = total_bytes(choices) + self.assembly.container_bytes()(choices)
-        return size / self.assembly.reference_bytes
 
     def _build(self, choices: Sequence[Choice]) -> Iterator[StoredModule]:
         _ = self.weights  # needed before the first module

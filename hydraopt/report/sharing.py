@@ -10,9 +10,9 @@ from pathlib import Path
 from hydraopt.adapters import Adapter
 from hydraopt.adapters.similarity import Similarity, similarity
 from hydraopt.merging.budget import total_error
-from hydraopt.merging.merge import check_set, find_device, make_recipe, open_adapter, silent
+from hydraopt.merging.merge import find_device, make_recipe, open_set, silent
 from hydraopt.merging.run import MergeRun
-from hydraopt.names import check_task_name
+from hydraopt.merging.solving import solve
 from hydraopt.progress import Progress
 
 _CLEARLY = 0.97
@@ -75,14 +75,14 @@ def sharing_advice(
         AdapterMismatchError: If the adapters do not belong together.
         BudgetError: If the budget cannot be met.
     """
-    opened = {check_task_name(task): open_adapter(adapters[task]) for task in sorted(adapters)}
-    check_set(opened)
+    opened = open_set(adapters)
     recipe = make_recipe(budget=budget, bits=bits)
     run = MergeRun(opened, recipe, find_device(device), progress or silent)
     curves = run.trace()
     errors = []
     for method in ("hydraopt", "separate"):
-        choices = run.solve(curves, make_recipe(method=method, budget=budget, bits=bits))
+        recipe = make_recipe(method=method, budget=budget, bits=bits)
+        choices = solve(run.assembly, curves, recipe, run.total_weight)
         errors.append(math.sqrt(max(total_error(choices), 0.0) / max(run.total_weight, 1e-300)))
     found = similarity(
         run.tasks,

@@ -1,0 +1,137 @@
+"""What every module stores under a recipe, once its curves are known.
+
+A budget counts the whole bundle: what manifest, headers and whole-layer tensors take is no longer there for factors,
+and the manifest grows with what there is to tell.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from hydraopt.errors import BudgetError
+from hydraopt.merging import separate
+from hydraopt.merging.assembly import Assembly
+from hydraopt.merging.budget import (
+    PricedModules,
+    every_direction,
+    fill,
+    largest_uniform,
+    least_uniform,
+    total_bytes,
+    within_budget,
+    within_error,
+)
+from hydraopt.merging.option import Choice
+from hydraopt.recipe import Recipe
+
+UNIFORM = ("paper", "gradient")
+"""Methods with one rank of ``A'`` for all modules."""
+
+_FILLINGS = 4
+
+
+def solve(assembly: Assembly, curves: PricedModules, recipe: Recipe, total_weight: float) -> list[Choice]:
+    """What every module stores.
+
+    Args:
+        assembly: Knows the modules, and what a bundle takes beside its factors.
+        curves: Per module every way to store it, "separate" first; families the recipe's method does not allow are
+            left aside.
+        recipe: Its method, and its budget, error bound or rank.
+        total_weight: Weighted squared error of storing nothing.
+
+    Raises:
+        BudgetError: If the budget or error bound cannot be met.
+    """
+    if recipe.method in UNIFORM:
+        return _solve_uniform(assembly, curves, recipe, total_weight)
+    own = [module.options[0] for module in curves.modules]
+    all_ranks = [assembly.ranks(name) for name in assembly.modules]
+    if recipe.budget == 1:
+        return every_direction(own, all_ranks)
+    if recipe.rank is not None:
+        most = recipe.rank
+        return every_direction(own, [[min(rank, most) for rank in ranks] for ranks in all_ranks])
+    allowed = curves.only({separate.NAME, *recipe.families})
+    if recipe.max_error is not None:
+        return within_error(allowed, recipe.max_error**2 * total_weight)
+    # Compared with at the end: adapting must never lose to the simple form at the same bytes.
+    alone = curves.only({separate.NAME}) if recipe.method == "hydraopt" else None
+    return _within_recipe(assembly, recipe, lambda size: within_budget(allowed, size, alone))
+
+
+def _solve_uniform(
+    assembly: Assembly, curves: PricedModules, recipe: Recipe, total_weight: float
+) -> list[Choice]:
+    if recipe.rank is not None:
+        return curves.uniform(recipe.rank)
+    if recipe.max_error is not None:
+        return least_uniform(curves, recipe.max_error**2 * total_weight)
+    return _within_recipe(assembly, recipe, lambda size: largest_uniform(curves, size))
+
+
+def _within_recipe(assembly: Assembly, recipe: Recipe, within: Callable[[int], list[Choice]]) -> list[Choice]:
+    size = most_factor_bytes(assembly, recipe)
+    return fit_container(within, size, allowed_bytes(assembly, recipe), assembly.container_bytes())
+
+
+def fit_container(
+    within: Callable[[int], list[Choice]],
+    size: int,
+    allowed: int,
+    container_bytes: Callable[[Sequence[Choice]], int],
+) -> list[Choice]:
+    """The best choices that fit with everything around them.
+
+    Args:
+        within: The best choices of at most so many bytes of factors; refuses less than none.
+        size: Bytes of factors that would fit beside the least container there can be.
+        allowed: Bytes of factors and container together.
+        container_bytes: What is needed beside some choices.
+
+    Raises:
+        BudgetError: Of ``within``, if not even nothing fits.
+    """
+    choices = within(size)
+    # What other counts may lengthen the manifest by: a digit or an entry here and there.
+    slack = 24 + len(choices)
+    while (left := allowed - total_bytes(choices) - container_bytes(choices)) < 0:
+        size = max(size + left - slack, 0) if size else -1
+        choices = within(size)
+    for _ in range(_FILLINGS):
+        filled = fill(choices, total_bytes(choices) + left - slack)
+        now = allowed - total_bytes(filled) - container_bytes(filled)
+        if now < 0 or now == left:
+            break
+        choices, left = filled, now
+    return choices
+
+
+def allowed_bytes(assembly: Assembly, recipe: Recipe) -> int:
+    """Bytes of the whole bundle under the recipe's budget."""
+    return int((recipe.budget or 0.0) * assembly.reference_bytes * _widening(recipe))
+
+
+def most_factor_bytes(assembly: Assembly, recipe: Recipe) -> int:
+    """How many bytes of factors the budget leaves once extras, headers and the shortest manifest are paid.
+
+    Raises:
+        BudgetError: If nothing is left; the message says the smallest budget that works.
+    """
+    allowed, fixed = allowed_bytes(assembly, recipe), assembly.least_container_bytes()
+    if allowed < fixed:
+        reference = assembly.reference_bytes * _widening(recipe)
+        # 16: the budget's own digits are in the manifest
+        minimum = math.ceil(1000 * (fixed + 16) / reference) / 1000
+        raise BudgetError(
+            f"budget={recipe.budget}: {allowed} bytes do not hold the {fixed} bytes that are always needed "
+            f"({assembly.extra_bytes} of whole-layer extras, the rest manifest and headers); the least "
+            f"possible budget is {minimum}"
+        )
+    return allowed - fixed
+
+
+def _widening(recipe: Recipe) -> float:
+    """2 for float32, which was asked for knowingly: its budget is a share of the inputs at four bytes a number."""
+    return 2.0 if recipe.dtype == "float32" else 1.0

@@ -24,6 +24,7 @@ _SWEEPS = 3
 """They leave 1e-4 of the relative error at 32 of 128 rows and 4e-3 at 96, for adapters that share half their energy."""
 
 _JITTER = 1e-7
+_TINY = torch.finfo(torch.float64).tiny
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def stacked_directions(problem: ModuleProblem) -> tuple[Tensor, Tensor]:
     values, vectors = torch.linalg.eigh((full + full.mT) / 2)
     values, vectors = values.flip(-1), vectors.flip(-1)
     noise = 8 * len(values) * torch.finfo(problem.downs.dtype).eps
-    count = int((values > noise * values[:1].clamp_min(torch.finfo(torch.float64).tiny)).sum())
+    count = int((values > noise * values[:1].clamp_min(_TINY)).sum())
     return values[:count], vectors[:, :count]
 
 
@@ -104,25 +105,26 @@ def _by_iteration(problem: ModuleProblem, largest: int) -> Basis:
     stack = problem.downs.flatten(0, 1)
     measured = problem.measured_downs.flatten(0, 1)
     generator = torch.Generator().manual_seed(0)
-    mixed = torch.randn(block, tasks * rank, generator=generator, dtype=stack.dtype).to(stack.device)
-    small = cores.to(stack.dtype)
+    mixed = torch.randn(block, tasks * rank, generator=generator, dtype=cores.dtype).to(stack.device)
     for _ in range(_SWEEPS):
-        on_stack = (mixed.view(block, tasks, 1, rank).transpose(0, 1).squeeze(2) @ small).transpose(0, 1)
-        span = _rounded(problem, on_stack.reshape(block, -1) @ stack)
+        on_stack = (mixed.view(block, tasks, 1, rank).transpose(0, 1).squeeze(2) @ cores).transpose(0, 1)
+        span = _rounded(problem, on_stack.reshape(block, -1).to(stack.dtype) @ stack)
         measured_span = span if problem.metric is None else span @ problem.metric
         gram = (span @ measured_span.mT).double()
         gram.diagonal().add_(_JITTER * float(gram.diagonal().mean()))
         lower = torch.linalg.cholesky(gram)
-        projected = (measured @ span.mT).view(tasks, rank, block)
-        weighted = (small @ projected).flatten(0, 1)
-        # Orthonormal rows of the span: the next start is the energy-weighted use the tasks make of them.
-        mixed = torch.linalg.solve_triangular(lower.to(stack.dtype), weighted.mT, upper=False)
-    used = (mixed @ mixed.mT).double()
-    values, rotation = torch.linalg.eigh(used)
+        projected = (measured @ span.mT).view(tasks, rank, block).double()
+        weighted = (cores @ projected).flatten(0, 1)
+        used = torch.linalg.solve_triangular(
+            lower, weighted.mT, upper=False
+        )  # on orthonormal rows of the span
+        values, rotation = torch.linalg.eigh(used @ used.mT)
+        # Of the next span each row is one direction at length 1, so that rounding drowns none of the weak ones.
+        mixed = (rotation / values.clamp_min(_JITTER * float(values[-1])).clamp_min(_TINY)).mT @ used
     values, rotation = values.flip(-1)[:largest].clamp_min(0), rotation.flip(-1)[:, :largest]
     back = torch.linalg.solve_triangular(lower.mT, rotation, upper=True)  # orthonormal rows = back^T span
     rows = _precise_product(problem, back.mT.to(span.dtype), span)
-    return Basis(compact(problem, rows), values, projected.double() @ back)
+    return Basis(compact(problem, rows), values, projected @ back)
 
 
 def compact(problem: ModuleProblem, rows: Tensor) -> Tensor:

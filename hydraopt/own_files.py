@@ -14,10 +14,14 @@ def own_file(folder: Path, name: str, error: type[HydraoptError]) -> Path:
     alone keeps its files beside its folders: ``snapshots/REVISION/NAME`` leads to ``blobs/DIGEST``.
 
     Raises:
-        HydraoptError: Of the given class, if it, or a folder on the way to it, is a link that leads elsewhere.
+        HydraoptError: Of the given class, if it, or a folder on the way to it, is a link that leads elsewhere or in a
+            circle.
     """
-    path, home = folder / name, folder.resolve()
-    real = path.resolve()
+    path = folder / name
+    try:
+        home, real = folder.resolve(), path.resolve()
+    except (OSError, RuntimeError) as reason:  # what Python 3.11 raises for links in a circle
+        raise error(f"{path}: cannot be found: {reason}") from reason
     in_cache = home.parent.name == "snapshots" and real.parent == home.parent.parent / "blobs"
     if not real.is_relative_to(home) and not in_cache:
         raise error(f"{path} is a link that leads out of its folder, to {real}: put the file itself there")

@@ -74,7 +74,7 @@ class Recipe(BaseModel):
         lt=1,
         strict=True,
         allow_inf_nan=False,
-        description="Relative error that must not be exceeded.",
+        description="Bound on the root of the weighted mean squared relative error over the tasks.",
     )
     rank: int | None = Field(
         None,

@@ -36,10 +36,15 @@ _DEVICES = ["auto", "cpu", "cuda"]
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write the bundle to.")
 @click.option(
-    "--budget", type=float, help="Share of the input bytes, in (0, 1]; 0.25 if nothing else is given."
+    "--budget",
+    type=float,
+    help="Share of the input bytes, in (0, 1]; 0.25 if nothing else is given. 1 keeps every direction, whatever that "
+    "takes: for tiny adapters more than they do.",
 )
 @click.option(
-    "--max-error", type=float, help="Largest relative error |dW - merged| / |dW| instead of a budget."
+    "--max-error",
+    type=float,
+    help="Instead of a budget: a bound on |dW - merged| / |dW|, root mean square over the tasks by their weights.",
 )
 @click.option(
     "--keep-shared",
@@ -173,6 +178,10 @@ def frontier(
     """
     from hydraopt.merging.frontier import frontier as trace
 
+    if plot is not None:
+        from hydraopt.report.charts import check_plot
+
+        check_plot(plot)
     start = time.perf_counter()
     with output.progress() as progress:
         points = trace(_named(adapters), dtype=dtype, device=device, progress=progress)
@@ -322,6 +331,8 @@ def _named(arguments: Iterable[str]) -> dict[str, Path]:
             path = Path(argument)
             name = path.resolve().name
         else:
+            if not folder:
+                raise AdapterMismatchError(f"{argument!r} names no folder: write NAME=FOLDER")
             path = Path(folder)
         if name in adapters:
             raise AdapterMismatchError(
@@ -349,6 +360,8 @@ def _weights(arguments: Iterable[str]) -> dict[str, float]:
     weights: dict[str, float] = {}
     for argument in arguments:
         task, equals, number = argument.partition("=")
+        if task in weights:
+            raise AdapterMismatchError(f"--weights names the task {task!r} twice: {argument!r}")
         try:
             weights[task] = float(number)
         except ValueError:

@@ -16,6 +16,7 @@ Exit codes: 0 done, 1 our fault, 2 bad input or usage, 3 a gate or an approval s
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import json
 import logging
@@ -38,6 +39,21 @@ ProgressCallback = Callable[[int, int, str], None]
 """``progress(done, total, what)``, as the library calls it."""
 
 _SECONDS_BETWEEN_LINES = 10.0
+
+_OF_THE_PLACE = {
+    errno.EACCES,
+    errno.EDQUOT,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENOENT,
+    errno.ENOSPC,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
+}
+"""What the system says of a place that was named or of the disk it is on: no fault of ours."""
 _PLAIN_WIDTH = 120
 _EXTRA_OF_MODULE = {
     "prefect": "pipeline",
@@ -110,6 +126,8 @@ class Output:
         """Report ``error`` and return the exit code it maps to."""
         code = error.exit_code if isinstance(error, HydraoptError) else 1
         message = str(error) or type(error).__name__
+        if isinstance(error, OSError) and error.errno in _OF_THE_PLACE:
+            code, message = 2, f"{error.filename or 'a file'}: {error.strerror}"
         if code == 1:
             message = f"unexpected {type(error).__name__}: {message}"
             if not self.debug:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ from hydraopt.bundle.attach_prompts import attach_prompts
 from hydraopt.bundle.attach_vera import attach_vera
 from hydraopt.bundle.chains import Chain, pair
 from hydraopt.bundle.contents import Bundle
-from hydraopt.bundle.lora_folder import lora_chains, lora_settings
+from hydraopt.bundle.lora_folder import lora_chains, lora_settings, name_tails
 from hydraopt.bundle.stored_rows import read_once
 from hydraopt.errors import BundleError
 
@@ -92,10 +93,14 @@ def _attach_lora(bundle: Bundle, base_model: nn.Module) -> PeftModel:
     _check_replaced(bundle)
     shared_rows = _shared_rows(bundle, base_model)
     read_shared = read_once()
+    tails = name_tails(name for name, _ in base_model.named_modules())
     model: Any = None
     for task in bundle.task_names:
         chains = lora_chains(bundle, task, read_shared)
-        config = LoraConfig(**lora_settings(bundle, task, chains))
+        settings = lora_settings(bundle, task, chains)
+        if not tails.isdisjoint(chains):  # a list would give modules whose names end alike an update, too
+            settings["target_modules"] = "|".join(map(re.escape, sorted(chains)))
+        config = LoraConfig(**settings)
         if model is None:
             model = get_peft_model(base_model, config, adapter_name=task, low_cpu_mem_usage=True)
         else:

@@ -18,7 +18,8 @@ def place_extras(model: Any, task: str, extras: Mapping[str, Tensor]) -> None:
     """Give each tensor its place, in the dtype and on the device of the base model's weights there.
 
     Raises:
-        BundleError: If a copy of a base weight is not what the base model holds: it would change every task.
+        BundleError: If a copy of a base weight is not what the base model holds, which would change every task; or if
+            the base model has no such tensor.
     """
     for name, tensor in extras.items():
         if name.endswith(MAGNITUDE):
@@ -44,10 +45,15 @@ def _replace(model: Any, task: str, name: str, tensor: Tensor) -> None:
     path, leaf = name.rsplit(".", 1)
     module: Any = model
     for part in path.split("."):
-        module = getattr(module, part)
+        module = getattr(module, part, None)
         if isinstance(module, ModulesToSaveWrapper):
             module = module.modules_to_save[task]
-    like = getattr(module, leaf)
+    like = getattr(module, leaf, None)
+    if like is None:
+        raise BundleError(
+            f"task {task!r} replaces {name.removeprefix(PREFIX)!r}, which the base model does not have: load it with "
+            "the head that the task was trained with (AutoModelForSequenceClassification, say)"
+        )
     if leaf in dict(module.named_buffers(recurse=False)):
         setattr(module, leaf, tensor.to(device=like.device, dtype=like.dtype, copy=True))
     else:

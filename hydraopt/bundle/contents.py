@@ -27,7 +27,7 @@ from hydraopt.bundle.layout import (
     shared_blocks,
     task_file,
 )
-from hydraopt.bundle.manifest_file import read_manifest
+from hydraopt.bundle.manifest_file import check_outside, is_bundle, read_manifest, stray_files
 from hydraopt.bundle.saved_file import SavedFile, read_saved
 from hydraopt.bundle.stored_rows import Link, Reader, StoredRows
 from hydraopt.bundle.tensor_bytes import encode
@@ -223,15 +223,11 @@ class Bundle:
         """Write the bundle directory, whole or not at all.
 
         Raises:
-            BundleError: If ``path`` exists and is not a bundle or an empty folder.
+            BundleError: If ``path`` exists and is not a bundle or an empty folder, holds anything that is no part of
+                its bundle, or lies within another one.
         """
         path = Path(path)
-        if (
-            path.exists()
-            and not (path / MANIFEST_FILE).is_file()
-            and (not path.is_dir() or any(path.iterdir()))
-        ):
-            raise BundleError(f"{path}: exists and is not a bundle; choose another place")
+        _check_replaceable(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
             fresh = Path(temporary) / "new"
@@ -296,13 +292,27 @@ def verify(path: str | Path) -> Manifest:
     for name, is_finite in _finite_parts(bundle):
         if not is_finite:
             raise BundleError(f"{path}: {name} holds NaN or infinite values")
-    known = {MANIFEST_FILE, *bundle.manifest.files()}
-    found = {
-        str(file.relative_to(path)) for file in path.rglob("*") if file.is_symlink() or not file.is_dir()
-    }
-    if stray := sorted(found - known):
+    if stray := stray_files(path, bundle.manifest):
         raise BundleError(f"{path}: {stray[0]!r} is not listed in the manifest; a bundle holds nothing else")
     return bundle.manifest
+
+
+def _check_replaceable(path: Path) -> None:
+    """Refuse to write a bundle over anything else."""
+    check_outside(path)
+    if path.is_symlink() and not path.exists():
+        raise BundleError(f"{path}: is a link that leads nowhere; remove it, or choose another place")
+    if path.exists() and path.samefile("."):
+        raise BundleError(f"{path}: is the folder you are in, which cannot be replaced; name one in it")
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    if not path.is_dir() or not is_bundle(path):
+        raise BundleError(f"{path}: exists and is not a bundle; choose another place")
+    if stray := stray_files(path, read_manifest(path)):
+        raise BundleError(
+            f"{path}: would be replaced, but {stray[0]!r} in it is no part of the bundle; move it, or choose "
+            "another place"
+        )
 
 
 def _finite_parts(bundle: Bundle) -> Iterator[tuple[str, bool]]:

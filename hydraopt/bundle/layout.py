@@ -105,7 +105,7 @@ class Manifest(_Part):
     solver: str
     precisions: tuple[int, ...] = Field(description="Bits per number that counts refer to, finest first.")
     relative_error: float = Field(
-        description="Root of the weighted mean squared relative error over the tasks."
+        description="Root of the mean squared relative error over the tasks, each counted once."
     )
     modules: tuple[ModuleEntry, ...]
     shared: FileEntry

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -64,8 +64,9 @@ def lora_settings(bundle: Bundle, task: str, chains: dict[str, Chain]) -> dict[s
     entry = bundle.manifest.tasks[task]
     ranks = {name: chain_rank(chain) for name, chain in chains.items()}
     usual = Counter(sorted(ranks.values())).most_common(1)[0][0]
-    # PEFT reads the keys as regular expressions.
-    pattern = {re.escape(name): rank for name, rank in sorted(ranks.items()) if rank != usual}
+    unusual = {name: rank for name, rank in sorted(ranks.items()) if rank != usual}
+    tails = name_tails(chains)
+    pattern = {pattern_key(name, tails): rank for name, rank in unusual.items()}
     return common_settings(bundle, task) | {
         "r": usual,
         "lora_alpha": usual,
@@ -76,6 +77,21 @@ def lora_settings(bundle: Bundle, task: str, chains: dict[str, Chain]) -> dict[s
         "fan_in_fan_out": bool(entry.settings.get("fan_in_fan_out")),
         "use_dora": bool(entry.settings.get("use_dora")),
     }
+
+
+def name_tails(names: Iterable[str]) -> set[str]:
+    """What names end with after one of their dots: a module called so is taken for them, too, by PEFT."""
+    return {name[dot + 1 :] for name in names for dot in range(len(name)) if name[dot] == "."}
+
+
+def pattern_key(name: str, tails: Container[str]) -> str:
+    """A module's key in ``rank_pattern``, where PEFT reads regular expressions of how names end.
+
+    Args:
+        name: The module.
+        tails: Of the names of all modules.
+    """
+    return ("^" if name in tails else "") + re.escape(name)
 
 
 def lora_config(settings: dict[str, Any]) -> dict[str, Any]:

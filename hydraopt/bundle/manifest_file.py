@@ -30,6 +30,37 @@ def read_manifest(path: Path) -> Manifest:
     return parse_manifest(file.read_bytes(), str(file))
 
 
+def is_bundle(path: Path) -> bool:
+    """Whether a folder has a manifest of ours; what else is in it was not looked at."""
+    try:
+        read_manifest(path)
+    except (BundleError, OSError):
+        return False
+    return True
+
+
+def check_outside(path: Path) -> None:
+    """Refuse a place within a bundle.
+
+    Raises:
+        BundleError: Naming the bundle.
+    """
+    for parent in path.absolute().parents:
+        if (parent / MANIFEST_FILE).is_file() and is_bundle(parent):
+            raise BundleError(
+                f"{path} lies in the bundle {parent}, which holds nothing but itself; choose another place"
+            )
+
+
+def stray_files(path: Path, manifest: Manifest) -> list[str]:
+    """Files in a bundle's folder that its manifest does not list, sorted."""
+    known = {MANIFEST_FILE, *manifest.files()}
+    found = {
+        str(file.relative_to(path)) for file in path.rglob("*") if file.is_symlink() or not file.is_dir()
+    }
+    return sorted(found - known)
+
+
 def parse_manifest(data: bytes, where: str) -> Manifest:
     """A manifest from its bytes; ``where`` is named in errors.
 

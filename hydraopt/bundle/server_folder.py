@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 
 import torch
@@ -19,6 +18,8 @@ from hydraopt.bundle.lora_folder import (
     lora_config,
     lora_settings,
     lora_tensors,
+    name_tails,
+    pattern_key,
     stored_dtype,
 )
 from hydraopt.bundle.profiles import Profile, fitting_rank
@@ -141,10 +142,13 @@ def _own_ranks(pairs: dict[str, tuple[Tensor, Tensor]]) -> dict[str, object]:
     usual = Counter(sorted(ranks.values())).most_common(1)[0][0]
     for name, (up, down) in pairs.items():
         pairs[name] = (up.float() * (ranks[name] / usual)).to(up.dtype), down
+    tails = name_tails(pairs)
     return {
         "r": usual,
         "lora_alpha": usual,
-        "rank_pattern": {re.escape(name): rank for name, rank in sorted(ranks.items()) if rank != usual},
+        "rank_pattern": {
+            pattern_key(name, tails): rank for name, rank in sorted(ranks.items()) if rank != usual
+        },
     }
 
 

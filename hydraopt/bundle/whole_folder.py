@@ -8,8 +8,6 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from hydraopt.errors import BundleError
-
 
 def write_file(file: Path, *parts: bytes | memoryview) -> None:
     """Write a file's bytes, one part after the other, and wait for the disk."""
@@ -21,13 +19,7 @@ def write_file(file: Path, *parts: bytes | memoryview) -> None:
 
 
 def write_folder(folder: Path, files: Mapping[str, bytes]) -> Path:
-    """Write a folder of small files whole or not at all, replacing a former one of the same file names.
-
-    Raises:
-        BundleError: If ``folder`` holds anything else.
-    """
-    if folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - set(files)):
-        raise BundleError(f"{folder}: exists and holds something else; choose another place")
+    """Write a folder of small files whole or not at all, in place of what was there."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
         fresh = Path(temporary) / "new"

@@ -8,6 +8,7 @@ Solutions that are feasible by construction (``fixed`` below) are compared at th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -272,18 +273,29 @@ def within_budget(modules: PricedModules, size: int, simple: PricedModules | Non
     return min(candidates, key=lambda choices: (total_error(choices), total_bytes(choices)))
 
 
-def within_error(modules: PricedModules, error: float) -> list[Choice]:
-    """The choice of fewest bytes whose weighted squared error is at most ``error``.
+def within_error(modules: PricedModules, max_error: float, whole: float) -> list[Choice]:
+    """The choice of fewest bytes whose relative error is at most ``max_error``.
+
+    Args:
+        modules: Per module its options.
+        max_error: Root of the weighted squared error over ``whole``.
+        whole: Weighted squared error of storing nothing.
 
     Raises:
         BudgetError: If no choice reaches it.
     """
-    close, _ = _bracket(modules, lambda total, _: total <= error)
-    if total_error(close) > error:
-        raise BudgetError(
-            f"the least weighted squared error is {total_error(close):.3g}, but {error:.3g} was asked for"
-        )
+    bound = max_error**2 * whole
+    close, _ = _bracket(modules, lambda total, _: total <= bound)
+    if total_error(close) > bound:
+        raise _unreachable(max_error, total_error(close) / whole, "more bits, dtype='float32'")
     return close
+
+
+def _unreachable(max_error: float, share: float, way_out: str) -> BudgetError:
+    return BudgetError(
+        f"max_error={max_error} cannot be met: the least relative error of this recipe is {math.sqrt(share):.4g}. Ask "
+        f"for that much, or for {way_out} or budget=1"
+    )
 
 
 def _bracket(
@@ -427,16 +439,19 @@ def largest_uniform(modules: PricedModules, size: int) -> list[Choice]:
     return best
 
 
-def least_uniform(modules: PricedModules, error: float) -> list[Choice]:
-    """The paper's form at the smallest single rank whose weighted squared error is at most ``error``.
+def least_uniform(modules: PricedModules, max_error: float, whole: float) -> list[Choice]:
+    """The paper's form at the smallest single rank whose relative error is at most ``max_error``.
+
+    Args:
+        modules: Per module its options.
+        max_error: Root of the weighted squared error over ``whole``.
+        whole: Weighted squared error of storing nothing.
 
     Raises:
         BudgetError: If no rank reaches it.
     """
     for rank in [0, *modules.ranks]:
         choices = modules.uniform(rank)
-        if total_error(choices) <= error:
+        if total_error(choices) <= max_error**2 * whole:
             return choices
-    raise BudgetError(
-        f"the paper's form leaves a weighted squared error of {total_error(choices):.3g}, but {error:.3g} was asked for"
-    )
+    raise _unreachable(max_error, total_error(choices) / whole, "method='hydraopt'")

@@ -196,7 +196,7 @@ class KeepingRun:
                 f"max_error={recipe.max_error}: on the shared part that is kept, the changed tasks reach no less than "
                 f"{reached:.4f}; merge afresh, without keep_shared"
             )
-        return within_error(curves, bound)
+        return within_error(curves, recipe.max_error, total)
 
     def _full_ranks(self, name: str) -> list[int]:
         module = self._traced[name]

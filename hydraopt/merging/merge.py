@@ -55,7 +55,8 @@ def merge(
         budget: Bundle bytes as a share of the adapters' bytes counted at the stored dtype's size (two bytes a number
             for the 16-bit dtypes), in (0, 1]. 1 keeps every direction of every adapter. Default 0.25 unless
             ``max_error`` or ``rank`` is given, or the method takes no budget.
-        max_error: Instead of a budget: the largest relative Frobenius error |dW - merged| / |dW| over all tasks.
+        max_error: Instead of a budget: a bound on the root mean square over the tasks, by their weights, of the
+            relative Frobenius error |dW - merged| / |dW|. A single task may be above it.
         method: ``hydraopt`` (adaptive; the default), ``paper`` (one A' and dense heads at one rank), ``separate``,
             ``two-sided``; ``gradient`` (the paper's form fitted by Adam, by ``rank`` or ``budget``); one update for
             all tasks, which takes neither budget nor error: ``ta``, ``ties``, ``dare``, ``dare-ties``, of the mean over

@@ -55,7 +55,7 @@ def solve(assembly: Assembly, curves: PricedModules, recipe: Recipe, total_weigh
         return every_direction(own, [[min(rank, most) for rank in ranks] for ranks in all_ranks])
     allowed = curves.only({separate.NAME, *recipe.families})
     if recipe.max_error is not None:
-        return within_error(allowed, recipe.max_error**2 * total_weight)
+        return within_error(allowed, recipe.max_error, total_weight)
     # Compared with at the end: adapting must never lose to the simple form at the same bytes.
     alone = curves.only({separate.NAME}) if recipe.method == "hydraopt" else None
     return _within_recipe(assembly, recipe, lambda size: within_budget(allowed, size, alone))
@@ -67,7 +67,7 @@ def _solve_uniform(
     if recipe.rank is not None:
         return curves.uniform(recipe.rank)
     if recipe.max_error is not None:
-        return least_uniform(curves, recipe.max_error**2 * total_weight)
+        return least_uniform(curves, recipe.max_error, total_weight)
     return _within_recipe(assembly, recipe, lambda size: largest_uniform(curves, size))
 
 
@@ -124,10 +124,15 @@ def most_factor_bytes(assembly: Assembly, recipe: Recipe) -> int:
         reference = assembly.reference_bytes * _widening(recipe)
         # 16: the budget's own digits are in the manifest
         minimum = math.ceil(1000 * (fixed + 16) / reference) / 1000
+        way_out = (
+            f"the least possible budget is {minimum}"
+            if minimum < 1
+            else "no smaller budget holds them either: take budget=1, which keeps everything whatever it needs, or "
+            "max_error"
+        )
         raise BudgetError(
             f"budget={recipe.budget}: {allowed} bytes do not hold the {fixed} bytes that are always needed "
-            f"({assembly.extra_bytes} of whole-layer extras, the rest manifest and headers); the least "
-            f"possible budget is {minimum}"
+            f"({assembly.extra_bytes} of whole-layer extras, the rest manifest and headers); {way_out}"
         )
     return allowed - fixed
 

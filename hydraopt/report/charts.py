@@ -30,17 +30,24 @@ _DASHES = {"auto": ("-", "none"), 16: ("--", "6 4")}
 Line = tuple[str, int | str]
 
 
+def check_plot(file: Path) -> None:
+    """Refuse a form nothing is drawn in.
+
+    Raises:
+        PlotError: Unless the name ends in ``.png`` or ``.html``.
+    """
+    if file.suffix not in {".png", ".html"}:
+        raise PlotError(f"{file}: a plot is a .png or a .html file")
+
+
 def plot_frontier(points: Sequence[FrontierPoint], file: Path) -> Path:
     """Draw error over storage, one line per method: ``.png``, or ``.html`` that needs nothing else.
 
     Raises:
         PlotError: If the file name ends otherwise.
     """
-    if file.suffix == ".png":
-        return _png(points, file)
-    if file.suffix == ".html":
-        return _html(points, file)
-    raise PlotError(f"{file}: a plot is a .png or a .html file")
+    check_plot(file)
+    return _png(points, file) if file.suffix == ".png" else _html(points, file)
 
 
 def _lines(points: Sequence[FrontierPoint]) -> dict[Line, list[FrontierPoint]]:
@@ -87,8 +94,7 @@ def plot_similarity(found: Similarity, file: Path) -> Path:
     Raises:
         PlotError: If the file name ends otherwise.
     """
-    if file.suffix not in {".png", ".html"}:
-        raise PlotError(f"{file}: a plot is a .png or a .html file")
+    check_plot(file)
     size = max(4.0, 0.35 * len(found.tasks) + 2.5)
     figure = Figure(figsize=(2 * size, size), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from hydraopt.adapters import Adapter
 from hydraopt.adapters.similarity import Similarity, similarity
-from hydraopt.merging.budget import total_error
+from hydraopt.merging import separate
+from hydraopt.merging.budget import total_error, within_budget
 from hydraopt.merging.merge import find_device, make_recipe, open_set, silent
 from hydraopt.merging.run import MergeRun
-from hydraopt.merging.solving import solve
 from hydraopt.progress import Progress
 
 _CLEARLY = 0.97
@@ -66,24 +66,26 @@ def sharing_advice(
 
     Args:
         adapters: Opened adapters or their folders, by task name; at least two.
-        budget: Share of the input bytes.
+        budget: Share of the bytes of all factors.
         bits: Bits per stored number.
         device: ``auto``, ``cpu`` or ``cuda``.
         progress: Called with (done, total, what).
 
     Raises:
         AdapterMismatchError: If the adapters do not belong together.
-        BudgetError: If the budget cannot be met.
+        BudgetError: If ``budget`` is no share.
     """
     opened = open_set(adapters)
     recipe = make_recipe(budget=budget, bits=bits)
     run = MergeRun(opened, recipe, find_device(device), progress or silent)
     curves = run.trace()
-    errors = []
-    for method in ("hydraopt", "separate"):
-        recipe = make_recipe(method=method, budget=budget, bits=bits)
-        choices = solve(run.assembly, curves, recipe, run.total_weight)
-        errors.append(math.sqrt(max(total_error(choices), 0.0) / max(run.total_weight, 1e-300)))
+    # Of the factors alone: headers and whole layers are the same with sharing and without.
+    size = int(2 * budget * run.assembly.numbers_per_module * len(run.modules))
+    alone = curves.only({separate.NAME})
+    errors = [
+        math.sqrt(max(total_error(choices), 0.0) / max(run.total_weight, 1e-300))
+        for choices in (within_budget(curves, size, alone), within_budget(alone, size))
+    ]
     found = similarity(
         run.tasks,
         run.modules,

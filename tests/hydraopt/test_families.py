@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -250,7 +251,7 @@ def test_what_lies_outside_a_shared_span_counts_twice():
 def test_an_error_bound_is_met_with_no_more_bytes_than_a_budget_needs():
     modules = two_small_modules()
     for bound in (0.05, 0.5, 2.0):
-        found = within_error(modules, bound)
+        found = within_error(modules, math.sqrt(bound), 1.0)
         assert total_error(found) <= bound
         smaller = within_budget(modules, total_bytes(found) - 60)
         assert total_error(smaller) > bound * 0.98

@@ -139,6 +139,36 @@ def test_frontier_tells_and_draws_what_every_method_comes_to(suffix, tmp_path):
         assert not re.search(rb"<(script|link)[^>]*(src|href)=", drawn)
 
 
+def test_a_picture_of_another_kind_is_refused_before_the_work(tmp_path):
+    code, found = run("frontier", lora(tmp_path / "mood", 0), "--plot", tmp_path / "frontier.jpg")
+    assert (code, found["kind"]) == (2, "PlotError")
+
+
+def test_weights_and_names_that_cannot_be_meant_are_refused(tmp_path):
+    mood = lora(tmp_path / "mood", 0)
+    for arguments, said in (
+        ([mood, "--weights", "mood=1", "--weights", "mood=2"], "twice"),
+        (["mood="], "names no folder"),
+    ):
+        code, found = run("merge", *arguments, "--out", tmp_path / "bundle")
+        assert code == 2
+        assert said in found["error"]
+
+
+def test_inspect_compares_adapters_whose_headers_outweigh_them(adapters, tmp_path):
+    code, found = run("inspect", adapters["vectors"], lora(tmp_path / "mood", 0))
+    assert (code, found["what"]) == (0, "set")
+
+
+def test_what_the_system_says_of_a_place_is_no_fault_of_ours(tmp_path):
+    (tmp_path / "file").write_text("text")
+    for out in (tmp_path / "file" / "bundle", tmp_path / ("x" * 300)):
+        code, found = run("merge", lora(tmp_path / "mood", 0), "--out", out)
+        assert code == 2
+        assert str(tmp_path) in found["error"]
+        assert "unexpected" not in found["error"]
+
+
 def lora(folder, seed, rank=8, size=256):
     """A LoRA on two modules."""
     generator = torch.Generator().manual_seed(seed)
@@ -150,7 +180,7 @@ def lora(folder, seed, rank=8, size=256):
         "lora_alpha": 16,
         "target_modules": ["q", "v"],
     }
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     (folder / "adapter_config.json").write_text(json.dumps(config))
     shapes = {"lora_A": (rank, size), "lora_B": (size, rank)}
     tensors = {

@@ -9,7 +9,15 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 import hydraopt
 from hydraopt.errors import BundleError
@@ -274,6 +282,120 @@ def test_saving_never_destroys_what_is_not_a_bundle(workshop, saved, tmp_path):
     smaller = hydraopt.merge({"t0": workshop.adapter("t0", seed=9)}, budget=0.9)
     smaller.save(saved)  # a bundle may replace a bundle, and leaves no file of the former
     assert hydraopt.verify(saved).task_names == ("t0",)
+
+
+@pytest.mark.parametrize("inside", ["thesis.txt", "notes/thesis.txt"])
+def test_saving_never_destroys_what_lies_beside_a_bundle(workshop, saved, inside):
+    (saved / inside).parent.mkdir(exist_ok=True)
+    (saved / inside).write_text("three years")
+    with pytest.raises(BundleError, match="thesis"):
+        hydraopt.merge({"a": workshop.adapter("a2", seed=5)}, budget=1).save(saved)
+    assert (saved / inside).read_text() == "three years"
+
+
+def test_another_programs_manifest_makes_no_bundle(workshop, tmp_path):
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "manifest.json").write_text('{"name": "my web app"}')
+    with pytest.raises(BundleError, match="not a bundle"):
+        hydraopt.merge({"a": workshop.adapter("a2", seed=5)}, budget=1).save(site)
+    assert [file.name for file in site.iterdir()] == ["manifest.json"]
+
+
+def test_nothing_is_written_into_a_bundle(workshop, saved):
+    bundle = hydraopt.Bundle.load(saved)
+    for write in (lambda: bundle.save(saved / "inner"), lambda: bundle.export(saved)):
+        with pytest.raises(BundleError, match="lies in the bundle"):
+            write()
+    hydraopt.verify(saved)
+
+
+def test_links_that_lead_nowhere_and_the_own_folder_are_refused(saved, tmp_path, monkeypatch):
+    bundle = hydraopt.Bundle.load(saved)
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(BundleError, match="leads nowhere"):
+        bundle.save(tmp_path / "link")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(BundleError, match="the folder you are in"):
+        bundle.save(".")
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    with pytest.raises(BundleError, match="circle"):
+        hydraopt.Bundle.load(tmp_path / "circle")
+
+
+def test_an_export_replaces_an_earlier_one_and_no_trained_adapter(workshop, tmp_path):
+    """Both hold the same two files; of several tasks none is written if one cannot be."""
+    folders = {name: workshop.adapter(name, seed=i) for i, name in enumerate(("a", "b"))}
+    bundle = hydraopt.merge(folders, budget=1)
+    first = bundle.export(tmp_path / "out")
+    before = {name: (folder / "adapter_model.safetensors").read_bytes() for name, folder in first.items()}
+    assert bundle.export(tmp_path / "out") == first
+    assert {
+        name: (folder / "adapter_model.safetensors").read_bytes() for name, folder in first.items()
+    } == before
+
+    trained = folders["b"] / "adapter_model.safetensors"
+    original = trained.read_bytes()
+    elsewhere = tmp_path / "mixed"
+    elsewhere.mkdir()
+    folders["b"].rename(elsewhere / "b")
+    with pytest.raises(BundleError, match="was not exported"):
+        bundle.export(elsewhere)
+    assert (elsewhere / "b" / trained.name).read_bytes() == original
+    assert [folder.name for folder in elsewhere.iterdir()] == ["b"]
+
+
+class NamesThatEndAlike(PreTrainedModel):
+    """Two layers called ``fc``, one of them within a block."""
+
+    config_class = PretrainedConfig
+
+    def __init__(self):
+        super().__init__(PretrainedConfig())
+        torch.manual_seed(0)
+        self.fc = nn.Linear(24, 24)
+        self.block = nn.ModuleDict({"fc": nn.Linear(24, 24), "layer": nn.Linear(24, 24)})
+
+    def forward(self, x, **_):
+        return self.block["layer"](torch.tanh(self.block["fc"](torch.tanh(self.fc(x)))))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": "fc"},
+        {"target_modules": ["fc", "layer"], "exclude_modules": ["block.fc"]},
+        {"target_modules": ["fc", "layer"], "rank_pattern": {"^fc": 2}, "alpha_pattern": {"^fc": 6}},
+        {"target_modules": ["fc", "layer"], "rank_pattern": {"block.fc": 2}},
+    ],
+    ids=["one of them", "one excluded", "a rank for the short name", "a rank for the long name"],
+)
+def test_a_module_whose_name_ends_like_anothers_stays_apart(settings, tmp_path):
+    """Attached and exported, each computes what its adapter did: nothing but the modules it names changes. PEFT itself
+    is the reference."""
+    folders, x = {}, torch.randn(5, 24, generator=torch.Generator().manual_seed(1))
+    wanted = {}
+    for seed, name in enumerate(("a", "b")):
+        model = get_peft_model(NamesThatEndAlike(), LoraConfig(r=4, lora_alpha=8, **settings))
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.3 * torch.randn_like(parameter))
+            wanted[name] = model.eval()(x)
+        model.peft_config["default"].base_model_name_or_path = "tiny/base"
+        model.save_pretrained(tmp_path / name)
+        folders[name] = tmp_path / name
+    bundle = hydraopt.merge(folders, budget=1, dtype="float32")
+    exported = bundle.export(tmp_path / "out")
+    for name, logits in wanted.items():
+        for packed in (False, True):
+            attached = bundle.attach(NamesThatEndAlike(), packed=packed)
+            attached.set_adapter(name)
+            torch.testing.assert_close(attached(x), logits, rtol=0, atol=1e-4)
+        loaded = PeftModel.from_pretrained(NamesThatEndAlike(), exported[name]).eval()
+        torch.testing.assert_close(loaded(x), logits, rtol=0, atol=1e-4)
 
 
 def test_attaching_to_another_model_is_refused(causal):

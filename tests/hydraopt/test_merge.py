@@ -447,3 +447,33 @@ def test_overflow_of_the_stored_dtype_is_refused(workshop):
     folder = workshop.adapter("a", scale=1e12)
     with pytest.raises(BudgetError, match="float16"):
         hydraopt.merge({"a": folder}, budget=0.9, bits=16, dtype="float16")
+
+
+def test_an_error_that_cannot_be_met_is_named_with_the_one_that_can(workshop):
+    folders = big_enough(workshop, 3)
+    with pytest.raises(
+        BudgetError, match=r"max_error=1e-05 cannot be met: the least relative error .* is 0\.00"
+    ):
+        hydraopt.merge(folders, max_error=1e-5)
+    with pytest.raises(BudgetError, match=r"max_error=1e-05 cannot be met"):
+        hydraopt.merge(folders, method="paper", max_error=1e-5)
+
+
+def test_a_bound_on_the_error_is_on_the_mean_over_the_tasks(workshop):
+    """Root mean square over tasks, the weights counted; not on each."""
+    scales = {"a": 1.0, "b": 1.0, "c": 1.0}
+    folders = {t: workshop.adapter(t, seed=i, rank=2 + 4 * i) for i, t in enumerate(scales)}
+    weights = {"a": 4.0, "b": 1.0, "c": 0.5}
+    bundle = hydraopt.merge(folders, max_error=0.3, weights=weights)
+    squares = {t: entry.relative_error**2 for t, entry in bundle.manifest.tasks.items()}
+    mean = sum(weights[t] * square for t, square in squares.items()) / sum(weights.values())
+    assert 0.2 < mean**0.5 <= 0.3
+    assert bundle.relative_error == pytest.approx((sum(squares.values()) / 3) ** 0.5, rel=1e-6)
+
+
+def test_no_budget_above_one_is_advised(workshop):
+    """Headers of a tiny adapter take more than it does: what helps then is said."""
+    folder = workshop.adapter("tiny", rank=1, layers=1, shapes={"q_proj": (8, 8)})
+    with pytest.raises(BudgetError, match=r"no smaller budget .*budget=1"):
+        hydraopt.merge({"tiny": folder}, budget=0.9)
+    hydraopt.merge({"tiny": folder}, budget=1)

@@ -65,9 +65,18 @@ def _write(bundle: Bundle, name: str, place: Path, server: Profile | None) -> Pa
     folder = _own_kind(bundle, name) if server is None else server_folder(bundle, name, server)
     files = {
         CONFIG_FILE: (json.dumps(folder.config, indent=2, sort_keys=True) + "\n").encode(),
-        TENSOR_FILE: safetensors.torch.save(folder.tensors, metadata={"format": "pt", _MARK: bundle.id}),
+        TENSOR_FILE: _marked(safetensors.torch.save(folder.tensors), bundle.id),
     }
     return write_folder(place, files)
+
+
+def _marked(data: bytes, bundle_id: str) -> bytes:
+    """A safetensors file with its metadata, in one order: the library would write them in another one every time."""
+    length = int.from_bytes(data[:8], "little")
+    header = {"__metadata__": {"format": "pt", _MARK: bundle_id}, **json.loads(data[8 : 8 + length])}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[8 + length :]
 
 
 def _check_replaceable(folder: Path) -> None:

@@ -287,14 +287,14 @@ def within_error(modules: PricedModules, max_error: float, whole: float) -> list
     bound = max_error**2 * whole
     close, _ = _bracket(modules, lambda total, _: total <= bound)
     if total_error(close) > bound:
-        raise _unreachable(max_error, total_error(close) / whole, "more bits, dtype='float32'")
+        raise _unreachable(max_error, total_error(close) / whole, "this recipe", "more bits, dtype='float32'")
     return close
 
 
-def _unreachable(max_error: float, share: float, way_out: str) -> BudgetError:
+def _unreachable(max_error: float, share: float, what: str, way_out: str) -> BudgetError:
     return BudgetError(
-        f"max_error={max_error} cannot be met: the least relative error of this recipe is {math.sqrt(share):.4g}. Ask "
-        f"for that much, or for {way_out} or budget=1"
+        f"max_error={max_error} cannot be met: the least relative error of {what} is {math.sqrt(share):.4g}. Ask for "
+        f"that much, or for {way_out} or budget=1"
     )
 
 
@@ -454,4 +454,4 @@ def least_uniform(modules: PricedModules, max_error: float, whole: float) -> lis
         choices = modules.uniform(rank)
         if total_error(choices) <= max_error**2 * whole:
             return choices
-    raise _unreachable(max_error, total_error(choices) / whole, "method='hydraopt'")
+    raise _unreachable(max_error, total_error(choices) / whole, "the paper's form", "method='hydraopt'")

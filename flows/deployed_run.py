@@ -50,13 +50,12 @@ def run_deployed(flow_name: str, parameters: dict[str, Any], *, steps: int, work
         started = looked = time.monotonic()
         while run.state is None or not run.state.is_final():
             if _nobody_came(run) and time.monotonic() - started > _PICK_UP_S:
-                if _are_all_busy(client):
-                    started = time.monotonic()
-                    continue
-                raise ServiceError(
-                    f"no runner took the run {run.name!r} of {flow_name} within {_PICK_UP_S:.0f} s: "
-                    "see `hydraopt status`, start it with `hydraopt up`"
-                )
+                if not _are_all_busy(client):
+                    raise ServiceError(
+                        f"no runner took the run {run.name!r} of {flow_name} within {_PICK_UP_S:.0f} s: "
+                        "see `hydraopt status`, start it with `hydraopt up`"
+                    )
+                started = time.monotonic()
             if time.monotonic() - looked > _LOOK_FOR_DEAD_S:
                 # Killed together with the worker that would have told: nobody else looks while we wait.
                 close_dead_runs.fn(settings)

@@ -178,10 +178,7 @@ def frontier(
     """
     from hydraopt.merging.frontier import frontier as trace
 
-    if plot is not None:
-        from hydraopt.report.charts import check_plot
-
-        check_plot(plot)
+    _check_plot(plot)
     start = time.perf_counter()
     with output.progress() as progress:
         points = trace(_named(adapters), dtype=dtype, device=device, progress=progress)
@@ -223,6 +220,7 @@ def inspect(output: Output, paths: tuple[str, ...], plot: Path | None) -> dict[s
     import hydraopt
     from hydraopt.bundle.layout import MANIFEST_FILE
 
+    _check_plot(plot)
     if len(paths) > 1:
         return _inspect_set(output, _named(paths), plot)
     path = Path(paths[0])
@@ -353,6 +351,14 @@ def _second_moments(
     tasks = [TaskFile.load(path) for path in calibrate]
     adapters = {task: hydraopt.read_adapter(folder) for task, folder in named.items()}
     return second_moments(tasks, adapters, rows=rows, device=device, progress=progress)
+
+
+def _check_plot(plot: Path | None) -> None:
+    """Refuse a picture that cannot be drawn before the work it would show."""
+    if plot is not None:
+        from hydraopt.report.charts import check_plot
+
+        check_plot(plot)
 
 
 def _weights(arguments: Iterable[str]) -> dict[str, float]:

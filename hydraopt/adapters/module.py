@@ -34,6 +34,11 @@ class AdapterModule:
     scaling: float
     tensors: tuple[str, ...]  # in the order its kind reads them
 
+    @property
+    def numbers(self) -> int:
+        """How many the two factors hold."""
+        return self.rank * (self.d_out + self.d_in)
+
 
 @dataclass(frozen=True)
 class Source:

@@ -27,11 +27,11 @@ from hydraopt.bundle.layout import (
     shared_blocks,
     task_file,
 )
-from hydraopt.bundle.manifest_file import check_outside, is_bundle, read_manifest, stray_files
+from hydraopt.bundle.manifest_file import check_outside, find_manifest, read_manifest, stray_files
 from hydraopt.bundle.saved_file import SavedFile, read_saved
 from hydraopt.bundle.stored_rows import Link, Reader, StoredRows
 from hydraopt.bundle.tensor_bytes import encode
-from hydraopt.bundle.whole_folder import write_file
+from hydraopt.bundle.whole_folder import is_vacant, write_file
 from hydraopt.errors import BundleError
 from hydraopt.finite import all_finite
 
@@ -304,11 +304,12 @@ def _check_replaceable(path: Path) -> None:
         raise BundleError(f"{path}: is a link that leads nowhere; remove it, or choose another place")
     if path.exists() and path.samefile("."):
         raise BundleError(f"{path}: is the folder you are in, which cannot be replaced; name one in it")
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+    if is_vacant(path):
         return
-    if not path.is_dir() or not is_bundle(path):
+    manifest = find_manifest(path)
+    if manifest is None:
         raise BundleError(f"{path}: exists and is not a bundle; choose another place")
-    if stray := stray_files(path, read_manifest(path)):
+    if stray := stray_files(path, manifest):
         raise BundleError(
             f"{path}: would be replaced, but {stray[0]!r} in it is no part of the bundle; move it, or choose "
             "another place"

@@ -10,7 +10,6 @@ import json
 from contextlib import suppress
 from pathlib import Path
 
-import safetensors.torch
 from safetensors import SafetensorError, safe_open
 
 from hydraopt.adapters.kinds import PROMPT_KINDS
@@ -21,8 +20,9 @@ from hydraopt.bundle.manifest_file import check_outside
 from hydraopt.bundle.profiles import Profile, find_server
 from hydraopt.bundle.prompt_folder import prompt_folder
 from hydraopt.bundle.server_folder import server_folder
+from hydraopt.bundle.tensor_bytes import encode
 from hydraopt.bundle.vera_folder import vera_folder
-from hydraopt.bundle.whole_folder import write_folder
+from hydraopt.bundle.whole_folder import is_vacant, write_folder
 from hydraopt.errors import BundleError
 
 _MARK = "hydraopt_bundle"
@@ -47,7 +47,7 @@ def export(bundle: Bundle, out: Path, *, task: str | None = None, profile: str =
     """
     server = find_server(profile)
     names = bundle.task_names if task is None else (task,)
-    check_outside(out / "task")
+    check_outside(out / names[0])
     for name in names:
         bundle.factors(name)  # an unknown task is named before anything is written
         _check_replaceable(out / name)
@@ -65,23 +65,14 @@ def _write(bundle: Bundle, name: str, place: Path, server: Profile | None) -> Pa
     folder = _own_kind(bundle, name) if server is None else server_folder(bundle, name, server)
     files = {
         CONFIG_FILE: (json.dumps(folder.config, indent=2, sort_keys=True) + "\n").encode(),
-        TENSOR_FILE: _marked(safetensors.torch.save(folder.tensors), bundle.id),
+        TENSOR_FILE: b"".join(encode(folder.tensors, {"format": "pt", _MARK: bundle.id})),
     }
     return write_folder(place, files)
 
 
-def _marked(data: bytes, bundle_id: str) -> bytes:
-    """A safetensors file with its metadata, in one order: the library would write them in another one every time."""
-    length = int.from_bytes(data[:8], "little")
-    header = {"__metadata__": {"format": "pt", _MARK: bundle_id}, **json.loads(data[8 : 8 + length])}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + data[8 + length :]
-
-
 def _check_replaceable(folder: Path) -> None:
     """Refuse to write over anything but an earlier export: it may be the adapter that the task was made from."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if is_vacant(folder):
         return
     if not folder.is_dir() or {path.name for path in folder.iterdir()} - {CONFIG_FILE, TENSOR_FILE}:
         raise BundleError(f"{folder}: exists and holds something else; choose another place")

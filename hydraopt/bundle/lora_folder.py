@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -62,11 +62,7 @@ def common_settings(bundle: Bundle, task: str) -> dict[str, Any]:
 def lora_settings(bundle: Bundle, task: str, chains: dict[str, Chain]) -> dict[str, Any]:
     """The ``LoraConfig`` fields under which PEFT computes exactly ``up @ down``: alpha equal to the rank everywhere."""
     entry = bundle.manifest.tasks[task]
-    ranks = {name: chain_rank(chain) for name, chain in chains.items()}
-    usual = Counter(sorted(ranks.values())).most_common(1)[0][0]
-    unusual = {name: rank for name, rank in sorted(ranks.items()) if rank != usual}
-    tails = name_tails(chains)
-    pattern = {pattern_key(name, tails): rank for name, rank in unusual.items()}
+    usual, pattern = usual_rank({name: chain_rank(chain) for name, chain in chains.items()})
     return common_settings(bundle, task) | {
         "r": usual,
         "lora_alpha": usual,
@@ -84,14 +80,18 @@ def name_tails(names: Iterable[str]) -> set[str]:
     return {name[dot + 1 :] for name in names for dot in range(len(name)) if name[dot] == "."}
 
 
-def pattern_key(name: str, tails: Container[str]) -> str:
-    """A module's key in ``rank_pattern``, where PEFT reads regular expressions of how names end.
+def usual_rank(ranks: Mapping[str, int]) -> tuple[int, dict[str, int]]:
+    """The commonest rank of some modules, and the others' as ``rank_pattern``.
 
-    Args:
-        name: The module.
-        tails: Of the names of all modules.
+    PEFT reads its keys as regular expressions of how names end.
     """
-    return ("^" if name in tails else "") + re.escape(name)
+    usual = Counter(sorted(ranks.values())).most_common(1)[0][0]
+    tails = name_tails(ranks)
+    return usual, {
+        ("^" if name in tails else "") + re.escape(name): rank
+        for name, rank in sorted(ranks.items())
+        if rank != usual
+    }
 
 
 def lora_config(settings: dict[str, Any]) -> dict[str, Any]:

@@ -30,13 +30,12 @@ def read_manifest(path: Path) -> Manifest:
     return parse_manifest(file.read_bytes(), str(file))
 
 
-def is_bundle(path: Path) -> bool:
-    """Whether a folder has a manifest of ours; what else is in it was not looked at."""
+def find_manifest(path: Path) -> Manifest | None:
+    """The manifest of a bundle; None where there is none of ours."""
     try:
-        read_manifest(path)
+        return read_manifest(path)
     except (BundleError, OSError):
-        return False
-    return True
+        return None
 
 
 def check_outside(path: Path) -> None:
@@ -46,7 +45,7 @@ def check_outside(path: Path) -> None:
         BundleError: Naming the bundle.
     """
     for parent in path.absolute().parents:
-        if (parent / MANIFEST_FILE).is_file() and is_bundle(parent):
+        if find_manifest(parent) is not None:
             raise BundleError(
                 f"{path} lies in the bundle {parent}, which holds nothing but itself; choose another place"
             )

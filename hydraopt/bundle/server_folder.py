@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import torch
 from torch import Tensor
 
@@ -18,9 +16,8 @@ from hydraopt.bundle.lora_folder import (
     lora_config,
     lora_settings,
     lora_tensors,
-    name_tails,
-    pattern_key,
     stored_dtype,
+    usual_rank,
 )
 from hydraopt.bundle.profiles import Profile, fitting_rank
 from hydraopt.bundle.vera_folder import Shapes, vera_as_lora
@@ -139,17 +136,10 @@ def _own_ranks(pairs: dict[str, tuple[Tensor, Tensor]]) -> dict[str, object]:
     The scale is alpha over the rank of the tensor; alpha is the commonest rank, so most of B stays as it is.
     """
     ranks = {name: down.shape[0] for name, (_, down) in pairs.items()}
-    usual = Counter(sorted(ranks.values())).most_common(1)[0][0]
+    usual, pattern = usual_rank(ranks)
     for name, (up, down) in pairs.items():
         pairs[name] = (up.float() * (ranks[name] / usual)).to(up.dtype), down
-    tails = name_tails(pairs)
-    return {
-        "r": usual,
-        "lora_alpha": usual,
-        "rank_pattern": {
-            pattern_key(name, tails): rank for name, rank in sorted(ranks.items()) if rank != usual
-        },
-    }
+    return {"r": usual, "lora_alpha": usual, "rank_pattern": pattern}
 
 
 def _check_finite(task: str, tensors: dict[str, Tensor], profile: Profile) -> None:

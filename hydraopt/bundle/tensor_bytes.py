@@ -16,11 +16,12 @@ _ALIGNMENT = 8
 _LENGTH_BYTES = 8
 
 
-def encode(tensors: Mapping[str, Tensor]) -> list[memoryview]:
+def encode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> list[memoryview]:
     """The parts whose bytes, one after the other, are those that ``safetensors.torch.save`` gives.
 
     Args:
         tensors: By name, on the CPU. The parts look into their memory where they are contiguous.
+        metadata: Of the file, written in this order: the library has another one every time.
     """
     # The library itself decides the order and the spelling: its header of empty tensors lacks nothing but sizes.
     empty = safetensors.torch.save({name: tensor.new_empty(0) for name, tensor in tensors.items()})
@@ -34,6 +35,8 @@ def encode(tensors: Mapping[str, Tensor]) -> list[memoryview]:
         begin += tensor.nbytes
         if tensor.nbytes:
             parts.append(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
+    if metadata:
+        header = {"__metadata__": dict(metadata), **header}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     return [memoryview(len(text).to_bytes(_LENGTH_BYTES, "little") + text), *parts]

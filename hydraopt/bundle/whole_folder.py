@@ -18,6 +18,11 @@ def write_file(file: Path, *parts: bytes | memoryview) -> None:
         os.fsync(handle.fileno())
 
 
+def is_vacant(folder: Path) -> bool:
+    """Whether nothing would be lost by writing a folder there."""
+    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+
+
 def write_folder(folder: Path, files: Mapping[str, bytes]) -> Path:
     """Write a folder of small files whole or not at all, in place of what was there."""
     folder.parent.mkdir(parents=True, exist_ok=True)

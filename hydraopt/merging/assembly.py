@@ -105,14 +105,9 @@ class Assembly:
         return sum(adapter.reference_bytes for adapter in self.adapters.values())
 
     @property
-    def numbers_per_module(self) -> float:
-        """Numbers in the factors of a module of all adapters, on average."""
-        numbers = sum(
-            module.rank * (module.d_out + module.d_in)
-            for one in self.adapters.values()
-            for module in one.modules.values()
-        )
-        return numbers / max(len(self.modules), 1)
+    def numbers(self) -> int:
+        """Numbers in the factors of all adapters."""
+        return sum(module.numbers for one in self.adapters.values() for module in one.modules.values())
 
     @property
     def extra_bytes(self) -> int:

@@ -115,9 +115,8 @@ def _by_iteration(problem: ModuleProblem, largest: int) -> Basis:
         lower = torch.linalg.cholesky(gram)
         projected = (measured @ span.mT).view(tasks, rank, block).double()
         weighted = (cores @ projected).flatten(0, 1)
-        used = torch.linalg.solve_triangular(
-            lower, weighted.mT, upper=False
-        )  # on orthonormal rows of the span
+        # What the tasks use of orthonormal rows of the span.
+        used = torch.linalg.solve_triangular(lower, weighted.mT, upper=False)
         values, rotation = torch.linalg.eigh(used @ used.mT)
         # Of the next span each row is one direction at length 1, so that rounding drowns none of the weak ones.
         mixed = (rotation / values.clamp_min(_JITTER * float(values[-1])).clamp_min(_TINY)).mT @ used

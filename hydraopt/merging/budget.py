@@ -250,6 +250,11 @@ def total_error(choices: Iterable[Choice]) -> float:
     return sum(choice.error for choice in choices)
 
 
+def relative_error(choices: Iterable[Choice], whole: float) -> float:
+    """Root of the expected weighted squared error over ``whole``, that of storing nothing."""
+    return math.sqrt(max(total_error(choices), 0.0) / max(whole, 1e-300))
+
+
 def within_budget(modules: PricedModules, size: int, simple: PricedModules | None = None) -> list[Choice]:
     """The choice of least error that stores at most ``size`` bytes of factors.
 
@@ -287,13 +292,15 @@ def within_error(modules: PricedModules, max_error: float, whole: float) -> list
     bound = max_error**2 * whole
     close, _ = _bracket(modules, lambda total, _: total <= bound)
     if total_error(close) > bound:
-        raise _unreachable(max_error, total_error(close) / whole, "this recipe", "more bits, dtype='float32'")
+        raise _unreachable(
+            max_error, relative_error(close, whole), "this recipe", "more bits, dtype='float32'"
+        )
     return close
 
 
-def _unreachable(max_error: float, share: float, what: str, way_out: str) -> BudgetError:
+def _unreachable(max_error: float, least: float, what: str, way_out: str) -> BudgetError:
     return BudgetError(
-        f"max_error={max_error} cannot be met: the least relative error of {what} is {math.sqrt(share):.4g}. Ask for "
+        f"max_error={max_error} cannot be met: the least relative error of {what} is {least:.4g}. Ask for "
         f"that much, or for {way_out} or budget=1"
     )
 
@@ -454,4 +461,4 @@ def least_uniform(modules: PricedModules, max_error: float, whole: float) -> lis
         choices = modules.uniform(rank)
         if total_error(choices) <= max_error**2 * whole:
             return choices
-    raise _unreachable(max_error, total_error(choices) / whole, "the paper's form", "method='hydraopt'")
+    raise _unreachable(max_error, relative_error(choices, whole), "the paper's form", "method='hydraopt'")

@@ -156,29 +156,24 @@ def options(problem: ModuleProblem, basis: Basis, ranks: Sequence[int], bits: Se
     return found
 
 
-def curve_options(
-    problem: ModuleProblem, energies: Floats, ranks: Sequence[int], bits: Sequence[int]
-) -> list[Option]:
-    """The sizes and errors of :func:`options`, from energies along the rows alone: for a curve, not to be built.
+def curve_options(problem: ModuleProblem, basis: Basis, bits: Sequence[int]) -> list[Option]:
+    """The sizes and errors of :func:`options` at every rank of a basis: for a curve, not to be built.
 
     Every head is kept whole, so only sums over the tasks count: here each task has the same share of the energy.
 
     Args:
         problem: The module.
-        energies: (n,): of a basis, :class:`hydraopt.merging.basis.Basis`.
-        ranks: Candidates for q, ascending.
+        basis: From :func:`hydraopt.merging.basis.find_basis`.
         bits: Precisions, finest first.
     """
+    energies = basis.energies.cpu().numpy()
     held, wanted, tasks = energies.cumsum(), _wanted(problem).sum(), len(problem.tasks)
     nowhere = torch.empty(0, problem.d_in)
     found = []
-    for rank in ranks:
-        if rank <= len(energies):
-            option = option_of_size(
-                (problem.d_out, problem.d_in), DenseHeads(nowhere, rank, None), bits, tasks
-            )
-            own = np.full((tasks, 1), held[rank - 1] / tasks)
-            found.append(_with_energies(option, energies, own, wanted - held[rank - 1]))
+    for rank in range(1, basis.count + 1):
+        option = option_of_size((problem.d_out, problem.d_in), DenseHeads(nowhere, rank, None), bits, tasks)
+        own = np.full((tasks, 1), held[rank - 1] / tasks)
+        found.append(_with_energies(option, energies, own, wanted - held[rank - 1]))
     return found
 
 

@@ -115,25 +115,6 @@ def dense_options(
     return dense_heads.options(problem, find_basis(problem, limit, exact=True), ranks, bits)
 
 
-def widest_basis(problem: ModuleProblem) -> Basis:
-    """A basis of the input side for every family and rank."""
-    return find_basis(
-        problem, largest_rank(problem.downs.shape[0] * problem.downs.shape[1], problem.d_in, None)
-    )
-
-
-def dense_curve(problem: ModuleProblem, inputs: Basis, bits: Sequence[int]) -> list[Option]:
-    """What :func:`dense_options` with a head for each task would come to, and nothing to build.
-
-    Args:
-        problem: The module.
-        inputs: From :func:`widest_basis`.
-        bits: Precisions, finest first.
-    """
-    energies = inputs.energies.cpu().numpy()
-    return dense_heads.curve_options(problem, energies, range(1, inputs.count + 1), bits)
-
-
 def largest_rank(stacked: int, d_in: int, asked: int | None) -> int:
     """Rows ``A'`` of a module can have: no more than all A stacked or the input, nor than was asked for."""
     return min(stacked, d_in, asked or shared_a.MAX_SHARED_RANK)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from hydraopt.adapters import Adapter
 from hydraopt.errors import BudgetError
-from hydraopt.merging.budget import total_error
+from hydraopt.merging.budget import relative_error
 from hydraopt.merging.merge import find_device, make_recipe, open_set, silent
 from hydraopt.merging.run import MergeRun
 from hydraopt.merging.solving import solve
@@ -88,7 +87,7 @@ def frontier(
             except BudgetError as reason:
                 refused = reason
                 continue
-            error = math.sqrt(max(total_error(choices), 0.0) / max(run.total_weight, 1e-300))
+            error = relative_error(choices, run.total_weight)
             ratio = one.assembly.storage_ratio(choices)
             points.append(FrontierPoint(recipe.method, recipe.bits, budget, ratio, error))
     if not points and refused is not None:

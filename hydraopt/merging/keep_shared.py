@@ -37,6 +37,7 @@ from hydraopt.merging.budget import (
     PricedModules,
     every_direction,
     price_grid,
+    relative_error,
     total_error,
     within_budget,
     within_error,
@@ -47,7 +48,7 @@ from hydraopt.merging.option import Choice, Floats, Option, StoredModule
 from hydraopt.merging.parallel import in_order
 from hydraopt.merging.problem import ModuleProblem, load_module, module_names
 from hydraopt.merging.run import TINY, check_finite, check_range
-from hydraopt.merging.solving import fit_container
+from hydraopt.merging.solving import allowed_bytes, fit_container
 from hydraopt.merging.stored_factors import StoredFactors
 from hydraopt.progress import Progress
 from hydraopt.recipe import SOLVER_VERSION, Recipe
@@ -191,7 +192,7 @@ class KeepingRun:
         least = every_direction(options, [self._full_ranks(name) for name in self.modules])
         bound = recipe.max_error**2 * total
         if total_error(least) > bound:
-            reached = math.sqrt(total_error(least) / total)
+            reached = relative_error(least, total)
             raise BudgetError(
                 f"max_error={recipe.max_error}: on the shared part that is kept, the changed tasks reach no less than "
                 f"{reached:.4f}; merge afresh, without keep_shared"
@@ -230,7 +231,7 @@ class KeepingRun:
     def _allowed_bytes(self) -> int:
         reference = sum(self.former.manifest.tasks[task].bytes for task in self.kept)
         reference += self.assembly.reference_bytes
-        return int((self.recipe.budget or 0.0) * reference * max(1.0, self.former.dtype.itemsize / 2))
+        return allowed_bytes(self.recipe, reference)
 
     def _container_bytes(self, choices: Sequence[Choice]) -> int:
         """Bytes of the manifest and of the headers and extras of the changed tasks' files."""
@@ -277,7 +278,8 @@ class KeepingRun:
         return self._each(build, work, "build the heads")
 
     def _each(self, function: Callable[[Item], Result], items: Sequence[Item], what: str) -> Iterator[Result]:
-        return in_order(function, items, what, self.progress, numbers=self.assembly.numbers_per_module)
+        numbers = self.assembly.numbers / max(len(self.modules), 1)
+        return in_order(function, items, what, self.progress, numbers=numbers)
 
     def _load(self, name: str, weights: Mapping[str, float]) -> ModuleProblem:
         # A metric belongs to the input side alone: families that share the output side do without.

@@ -166,7 +166,7 @@ def load_module(
             f"module {name!r}: its adapters take {specs[0].d_in} inputs, but the calibration data have "
             f"{tuple(metric.shape)}. Were both made with the same base model?"
         )
-    numbers = sum(spec.rank * (spec.d_in + spec.d_out) for spec in specs)
+    numbers = sum(spec.numbers for spec in specs)
     dtype = torch.float64 if numbers <= SMALL_PROBLEM else torch.float32
     rank = max(spec.rank for spec in specs)
     make = torch.empty if all(spec.rank == rank for spec in specs) else torch.zeros

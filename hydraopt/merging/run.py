@@ -21,20 +21,21 @@ from hydraopt.errors import BudgetError
 from hydraopt.merging import separate
 from hydraopt.merging.assembly import Assembly
 from hydraopt.merging.baselines import one_for_all, refuse_zero_adapters
+from hydraopt.merging.basis import find_basis
 from hydraopt.merging.budget import ModuleCurves, PricedModules, price_grid
 from hydraopt.merging.dense_forms import DenseForms
+from hydraopt.merging.dense_heads import curve_options
 from hydraopt.merging.families import (
     OUTPUT_SIDE,
     Search,
-    dense_curve,
     shared_options,
-    widest_basis,
     worthwhile,
 )
 from hydraopt.merging.option import Choice, Floats, Option, StoredModule
 from hydraopt.merging.parallel import in_order
 from hydraopt.merging.problem import Grams, ModuleProblem, load_module, module_names
 from hydraopt.merging.products import bfloat16_products
+from hydraopt.merging.shared_a import MAX_SHARED_RANK
 from hydraopt.merging.solving import UNIFORM, most_factor_bytes, solve
 from hydraopt.progress import Progress
 from hydraopt.recipe import ONE_FOR_ALL, Recipe
@@ -272,13 +273,13 @@ class MergeRun:
         is_dense = dense is not None and bool(own.heads.energies.any())
         if is_shared or is_dense:
             problem = self._load(name, grams)
-            inputs = widest_basis(problem) if is_dense else None
+            inputs = find_basis(problem, MAX_SHARED_RANK) if is_dense else None
             if is_shared:
                 shared += shared_options(
                     problem, search.families, self.recipe.precisions, search.most, inputs
                 )
             if inputs is not None and dense is not None:
-                paper += dense_curve(problem, inputs, dense)
+                paper += curve_options(problem, inputs, dense)
         return shared, paper
 
     def _price_window(self, curves: Sequence[ModuleCurves], names: Sequence[str]) -> slice:

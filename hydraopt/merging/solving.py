@@ -73,7 +73,8 @@ def _solve_uniform(
 
 def _within_recipe(assembly: Assembly, recipe: Recipe, within: Callable[[int], list[Choice]]) -> list[Choice]:
     size = most_factor_bytes(assembly, recipe)
-    return fit_container(within, size, allowed_bytes(assembly, recipe), assembly.container_bytes())
+    allowed = allowed_bytes(recipe, assembly.reference_bytes)
+    return fit_container(within, size, allowed, assembly.container_bytes())
 
 
 def fit_container(
@@ -108,9 +109,9 @@ def fit_container(
     return choices
 
 
-def allowed_bytes(assembly: Assembly, recipe: Recipe) -> int:
-    """Bytes of the whole bundle under the recipe's budget."""
-    return int((recipe.budget or 0.0) * assembly.reference_bytes * _widening(recipe))
+def allowed_bytes(recipe: Recipe, reference_bytes: int) -> int:
+    """Bytes of the whole bundle of such adapters under the recipe's budget."""
+    return int((recipe.budget or 0.0) * reference_bytes * _widening(recipe))
 
 
 def most_factor_bytes(assembly: Assembly, recipe: Recipe) -> int:
@@ -119,7 +120,7 @@ def most_factor_bytes(assembly: Assembly, recipe: Recipe) -> int:
     Raises:
         BudgetError: If nothing is left; the message says the smallest budget that works.
     """
-    allowed, fixed = allowed_bytes(assembly, recipe), assembly.least_container_bytes()
+    allowed, fixed = allowed_bytes(recipe, assembly.reference_bytes), assembly.least_container_bytes()
     if allowed < fixed:
         reference = assembly.reference_bytes * _widening(recipe)
         # 16: the budget's own digits are in the manifest

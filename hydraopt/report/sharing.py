@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 from hydraopt.adapters import Adapter
 from hydraopt.adapters.similarity import Similarity, similarity
 from hydraopt.merging import separate
-from hydraopt.merging.budget import total_error, within_budget
+from hydraopt.merging.budget import relative_error, within_budget
 from hydraopt.merging.merge import find_device, make_recipe, open_set, silent
 from hydraopt.merging.run import MergeRun
 from hydraopt.progress import Progress
@@ -80,10 +79,10 @@ def sharing_advice(
     run = MergeRun(opened, recipe, find_device(device), progress or silent)
     curves = run.trace()
     # Of the factors alone: headers and whole layers are the same with sharing and without.
-    size = int(2 * budget * run.assembly.numbers_per_module * len(run.modules))
+    size = int(2 * budget * run.assembly.numbers)
     alone = curves.only({separate.NAME})
     errors = [
-        math.sqrt(max(total_error(choices), 0.0) / max(run.total_weight, 1e-300))
+        relative_error(choices, run.total_weight)
         for choices in (within_budget(curves, size, alone), within_budget(alone, size))
     ]
     found = similarity(

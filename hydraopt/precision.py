@@ -10,9 +10,10 @@ would lower the error by 4 % at several times the work. ``noise`` is the mean sq
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +28,12 @@ GROUP = 128
 _CACHED = 1 << 20
 """Numbers that are encoded at once: four megabytes in float32 stay in a processor's last cache from step to step, and
 calls for less cost more than that saves."""
+
+_ON_CARD = 1 << 26
+"""The same on a GPU, which has no such cache but takes its time to start anything."""
+
+Block = npt.NDArray[np.uint8]
+"""Stored bytes of some vectors of one precision: (count, bytes per vector)."""
 
 _FIELDS = {8: (8,), 6: (4, 2), 4: (4,), 3: (2, 1), 2: (2,)}
 """A code is packed in fields of 8, 4, 2 or 1 bits, none of which crosses a byte."""
@@ -86,40 +93,87 @@ def encode(vectors: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tens
         (count, ``vector_bytes(length, bits)``) in uint8, on the CPU; and (count, length) in the dtype and on the device
         of ``vectors``.
     """
-    pieces = [_encode_few(piece, bits, dtype) for piece in torch.split(vectors, _at_once(vectors.shape[1]))]
-    data, decoded = (torch.cat(parts) for parts in zip(*pieces, strict=True))
-    return data, decoded
+    pieces = [
+        _encode_few(piece, [(bits, len(piece))], dtype) for piece in torch.split(vectors, _at_once(vectors))
+    ]
+    data = torch.cat([_to_cpu(data) for (data,), _ in pieces])
+    return data, torch.cat([decoded for _, decoded in pieces])
 
 
-def _at_once(length: int) -> int:
+def _at_once(vectors: Tensor) -> int:
     """Vectors to encode together: so few that a processor's cache holds them, so many that calls cost little."""
-    return max(1, _CACHED // max(length, 1))
+    most = _CACHED if vectors.device.type == "cpu" else _ON_CARD
+    return max(1, most // max(vectors.shape[-1], 1))
 
 
-def _encode_few(vectors: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """:func:`encode`, all vectors at once."""
+Runs = list[tuple[int, int]]
+"""Precision of vectors that follow one another, and how many."""
+
+
+def _encode_few(vectors: Tensor, runs: Runs, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
+    """:func:`encode`, all vectors at once: the bytes of each run, where ``vectors`` are; and what they read back as.
+
+    Several runs are for a GPU, which takes its time to start anything; none of them has 16 bits or more.
+    """
     count, length = vectors.shape
-    if bits >= 16:
+    if runs[0][0] >= 16:
         stored = vectors.to(dtype).contiguous()
-        return stored.view(torch.uint8).view(count, length * bits // 8).cpu(), stored.to(vectors.dtype)
-    precision = PRECISIONS[bits]
+        return [stored.view(torch.uint8).view(count, length * runs[0][0] // 8)], stored.to(vectors.dtype)
+    half, share, zero, top = _levels(runs, vectors.device)
     width = min(length, GROUP)
     padded = vectors.float()
     if length % width:
         padded = torch.nn.functional.pad(padded, (0, -length % width))
     grouped = padded.view(count, _groups(length), width)
     largest = torch.maximum(grouped.amax(-1, keepdim=True), -grouped.amin(-1, keepdim=True))
-    scales = (largest * (precision.clip / precision.half)).bfloat16()
+    scales = (largest * share).bfloat16()
     wide = scales.float()
     levels = grouped * torch.where(wide > 0, wide.reciprocal(), 0.0)
-    levels.add_(precision.half + 0.5).clamp_(0, 2**bits - 0.5)
+    levels.add_(half + 0.5).clamp_(zero, top)
     # Processors turn floats into signed integers, not into unsigned ones; eight bits need a wider one.
-    codes = levels.to(torch.int16).to(torch.uint8) if bits == 8 else levels.to(torch.int8).view(torch.uint8)
-    decoded = levels.copy_(codes).sub_(precision.half).mul_(wide).flatten(1)[:, :length]
-    codes = codes.flatten(1)[:, :length]
-    parts = [_pack(codes, shift, field, bits) for shift, field in _shifts(bits)]
-    data = torch.cat([*parts, scales.flatten(1).view(torch.uint8)], dim=1)
-    return data.cpu(), decoded.to(vectors.dtype)
+    eight = any(bits == 8 for bits, _ in runs)
+    codes = levels.to(torch.int16).to(torch.uint8) if eight else levels.to(torch.int8).view(torch.uint8)
+    decoded = levels.copy_(codes).sub_(half).mul_(wide).flatten(1)[:, :length]
+    codes, as_bytes = codes.flatten(1)[:, :length], scales.flatten(1).view(torch.uint8)
+    data, start = [], 0
+    for bits, rows in runs:
+        own = slice(start, start + rows)
+        parts = [_pack(codes[own], shift, field, bits) for shift, field in _shifts(bits)]
+        data.append(torch.cat([*parts, as_bytes[own]], dim=1))
+        start += rows
+    return data, decoded.to(vectors.dtype)
+
+
+def _levels(runs: Runs, device: torch.device) -> tuple[Any, Any, Any, Any]:
+    """Largest level, its inverse times the clipping, zero, and what is below the next level.
+
+    Each a number or, where vectors differ, (count, 1, 1).
+    """
+    found = [
+        (of.half, of.clip / of.half, 0.0, 2**of.bits - 0.5) for of in (PRECISIONS[bits] for bits, _ in runs)
+    ]
+    if len(found) == 1:
+        return found[0]
+    rows = np.repeat(np.array(found, dtype=np.float32).T, [rows for _, rows in runs], axis=1)
+    half, share, zero, top = torch.from_numpy(rows).to(device)[:, :, None, None]
+    return half, share, zero, top
+
+
+def _to_cpu(data: Tensor) -> Tensor:
+    """From a GPU into pages that are mapped already: forty times as fast as into fresh ones."""
+    if data.device.type == "cpu":
+        return data
+    return torch.empty(data.shape, dtype=data.dtype, pin_memory=True).copy_(data)
+
+
+def _all_to_cpu(tensors: list[Tensor]) -> list[Block]:
+    """As :func:`_to_cpu`, all at once: a GPU is waited for each time."""
+    if not tensors or tensors[0].device.type == "cpu":
+        return [tensor.numpy() for tensor in tensors]
+    whole = _to_cpu(torch.cat([tensor.flatten() for tensor in tensors])).numpy()
+    ends = np.cumsum([tensor.numel() for tensor in tensors])
+    parts = np.split(whole, ends[:-1])
+    return [part.reshape(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 def decode(data: Tensor, length: int, bits: int, dtype: torch.dtype) -> Tensor:
@@ -174,7 +228,7 @@ def _floats(data: Tensor, dtype: torch.dtype) -> Tensor:
 
 def encode_ragged(
     vectors: Tensor, levels: npt.NDArray[np.int64], bits: Sequence[int], dtype: torch.dtype
-) -> tuple[list[list[Tensor]], Tensor]:
+) -> tuple[list[list[Block]], Tensor]:
     """Encode the vectors of many heads, each at a precision of its own.
 
     Args:
@@ -189,28 +243,50 @@ def encode_ragged(
     """
     heads, _, length = vectors.shape
     flat = vectors.reshape(-1, length)
-    stored: list[list[Tensor]] = [[] for _ in range(heads)]
-    few = _at_once(length)
-    for index, precision in enumerate(bits):
-        mask = levels == index
-        places = torch.from_numpy(np.flatnonzero(mask)).to(vectors.device)
-        if not len(places):
-            continue
-        pieces = []
-        for start in range(0, len(places), few):
-            piece = places[start : start + few]
-            encoded, read_back = _encode_few(flat.index_select(0, piece), precision, dtype)
-            pieces.append(encoded)
-            flat.index_copy_(0, piece, read_back)
-        data, start = pieces[0] if len(pieces) == 1 else torch.cat(pieces), 0
-        for blocks, count in zip(stored, mask.sum(axis=1).tolist(), strict=True):
-            if count:
-                blocks.append(data[start : start + count])
-                start += count
-    left_out = np.flatnonzero(levels < 0)
-    if len(left_out):
-        flat.index_fill_(0, torch.from_numpy(left_out).to(vectors.device), 0.0)
+    masks = [levels == index for index in range(len(bits))]
+    places = [np.flatnonzero(mask) for mask in masks]
+    whole = torch.from_numpy(np.concatenate([*places, np.flatnonzero(levels < 0)])).to(flat.device)
+    data: list[list[Tensor]] = [[] for _ in bits]
+    start = 0
+    for indices, runs in _together(bits, [len(own) for own in places], flat):
+        piece = whole[start : start + sum(rows for _, rows in runs)]
+        encoded, read_back = _encode_few(flat.index_select(0, piece), runs, dtype)
+        flat.index_copy_(0, piece, read_back)
+        for index, part in zip(indices, encoded, strict=True):
+            data[index].append(part)
+        start += len(piece)
+    if start < len(whole):
+        flat.index_fill_(0, whole[start:], 0.0)
+    stored: list[list[Block]] = [[] for _ in range(heads)]
+    found = iter(_all_to_cpu([parts[0] if len(parts) == 1 else torch.cat(parts) for parts in data if parts]))
+    for pieces, mask in zip(data, masks, strict=True):
+        if pieces:
+            rows, start = next(found), 0
+            for blocks, count in zip(stored, mask.sum(axis=1).tolist(), strict=True):
+                if count:
+                    blocks.append(rows[start : start + count])
+                    start += count
     return stored, flat.view(vectors.shape)
+
+
+def _together(
+    bits: Sequence[int], counts: Sequence[int], vectors: Tensor
+) -> Iterator[tuple[list[int], Runs]]:
+    """What is encoded at once, with its places in ``bits``: a part of a run, or on a GPU everything below 16 bits."""
+    most = _at_once(vectors)
+    left = [index for index, count in enumerate(counts) if count]
+    if vectors.device.type != "cpu":
+        low = [index for index in left if bits[index] < 16]
+        if sum(counts[index] for index in low) <= most:
+            left = left[: len(left) - len(low)]
+            for indices in ([index] for index in left):
+                yield indices, [(bits[index], counts[index]) for index in indices]
+            if low:
+                yield low, [(bits[index], counts[index]) for index in low]
+            return
+    for index in left:
+        for start in range(0, counts[index], most):
+            yield [index], [(bits[index], min(most, counts[index] - start))]
 
 
 def _groups(length: int) -> int:

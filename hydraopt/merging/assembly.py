@@ -29,6 +29,7 @@ from hydraopt.bundle.layout import (
 )
 from hydraopt.bundle.tensor_bytes import describe
 from hydraopt.merging.option import Choice, Ints, StoredModule, ends, trimmed
+from hydraopt.precision import Block
 from hydraopt.recipe import SOLVER_VERSION, Recipe
 
 _DIGEST_LENGTH = 64
@@ -315,17 +316,16 @@ class _Flat:
     """Bytes written one block after the other into a tensor whose size is known beforehand."""
 
     def __init__(self, size: int) -> None:
-        self._flat = torch.empty(size, dtype=torch.uint8)
+        # NumPy asks for large pages: small ones are mapped at a gigabyte a second.
+        self._flat = np.empty(size, dtype=np.uint8)
         self._filled = 0
 
-    def append(self, blocks: Iterable[Tensor]) -> None:
+    def append(self, blocks: Iterable[Block]) -> None:
         """Write some more."""
-        parts = [block.numpy().reshape(-1) for block in blocks]
+        parts = [block.reshape(-1) for block in blocks]
         if parts:
             end = self._filled + sum(part.size for part in parts)
-            np.concatenate(
-                parts, out=self._flat.numpy()[self._filled : end]
-            )  # a tenth of a slice's cost each in torch
+            np.concatenate(parts, out=self._flat[self._filled : end])
             self._filled = end
 
     def whole(self) -> Tensor:
@@ -334,8 +334,9 @@ class _Flat:
         Raises:
             RuntimeError: If it is not full: the layout and the families disagree.
         """
-        if self._filled != len(self._flat):
+        if self._filled != self._flat.size:
             raise RuntimeError(
-                f"the layout calls for {len(self._flat)} bytes, but {self._filled} were written"
+                f"the layout calls for {self._flat.size} bytes, but {self._filled} were written"
             )
-        return self._flat
+        # An empty array has strides that a tensor cannot be viewed with.
+        return torch.from_numpy(self._flat) if self._filled else torch.empty(0, dtype=torch.uint8)

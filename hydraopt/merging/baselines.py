@@ -24,7 +24,7 @@ from hydraopt.merging.option import Choice, Ints, Levels, Option, StoredModule
 from hydraopt.merging.problem import ModuleProblem
 from hydraopt.merging.task_arithmetic import task_arithmetic
 from hydraopt.merging.ties import ties
-from hydraopt.precision import encode_ragged
+from hydraopt.precision import Block, encode_ragged
 from hydraopt.recipe import Recipe
 
 
@@ -141,7 +141,7 @@ def fitted_options(
 class _RoundedRows(NamedTuple):
     """``A'`` as it is stored; see :class:`hydraopt.merging.dense_heads.StoredRows`."""
 
-    blocks: list[Tensor]
+    blocks: list[Block]
     gram: Tensor
     cross: Tensor
 

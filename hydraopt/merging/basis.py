@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hydraopt.merging.problem import ModuleProblem
+from hydraopt.merging.small_eigen import eigh
 
 FULL_EIGH = 320
 """Stacked rows up to which the full eigendecomposition is as fast as the iteration."""
@@ -75,7 +76,7 @@ def stacked_directions(problem: ModuleProblem) -> tuple[Tensor, Tensor]:
     cores = _weighted_cores(problem)
     half = (cores @ gram.view(tasks, rank, -1)).view(tasks * rank, tasks, rank).transpose(0, 1)  # core G
     full = (half @ cores.mT).transpose(0, 1).reshape(tasks * rank, tasks * rank)  # core G core^T
-    values, vectors = torch.linalg.eigh((full + full.mT) / 2)
+    values, vectors = eigh((full + full.mT) / 2)
     values, vectors = values.flip(-1), vectors.flip(-1)
     noise = 8 * len(values) * torch.finfo(problem.downs.dtype).eps
     count = int((values > noise * values[:1].clamp_min(_TINY)).sum())
@@ -117,7 +118,7 @@ def _by_iteration(problem: ModuleProblem, largest: int) -> Basis:
         weighted = (cores @ projected).flatten(0, 1)
         # What the tasks use of orthonormal rows of the span.
         used = torch.linalg.solve_triangular(lower, weighted.mT, upper=False)
-        values, rotation = torch.linalg.eigh(used @ used.mT)
+        values, rotation = eigh(used @ used.mT)
         # Of the next span each row is one direction at length 1, so that rounding drowns none of the weak ones.
         mixed = (rotation / values.clamp_min(_JITTER * float(values[-1])).clamp_min(_TINY)).mT @ used
     values, rotation = values.flip(-1)[:largest].clamp_min(0), rotation.flip(-1)[:, :largest]

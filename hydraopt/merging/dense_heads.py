@@ -31,7 +31,7 @@ from hydraopt.merging.option import (
 from hydraopt.merging.problem import ModuleProblem, Projected
 from hydraopt.merging.refit import stored_module
 from hydraopt.merging.shared_a import SharedRows, store_rows
-from hydraopt.precision import encode
+from hydraopt.precision import Block, encode
 
 NAME = "dense-heads"
 
@@ -82,7 +82,7 @@ class StoredRows(Protocol):
     """``A'`` as it is stored."""
 
     @property
-    def blocks(self) -> list[Tensor]:
+    def blocks(self) -> list[Block]:
         """Its bytes."""
 
     @property
@@ -115,13 +115,13 @@ def stored_heads(
         bits: Precisions, finest first.
         dtype: Float dtype of what is stored in 16 or 32 bits.
     """
-    stored: list[list[Tensor]] = [[] for _ in range(len(heads))]
+    stored: list[list[Block]] = [[] for _ in range(len(heads))]
     for head, level in enumerate(levels[:, 0].tolist()):
         if level == LEFT_OUT:
             heads[head] = 0
             continue
         data, heads[head] = encode(heads[head], bits[level], dtype)
-        stored[head] = [data]
+        stored[head] = [data.numpy()]
     ups = heads if groups is None else torch.cat([heads, torch.zeros_like(heads[:1])])[list(groups)]
     up_cross, up_gram = (ups @ problem.ups).mT.double(), (ups @ ups.mT).double()
     tasks = len(problem.tasks)

@@ -28,6 +28,7 @@ from hydraopt.merging.basis import combined_rows, compact, stacked_directions
 from hydraopt.merging.option import Floats, Ints
 from hydraopt.merging.problem import Grams, ModuleProblem
 from hydraopt.merging.refit import left_directions
+from hydraopt.merging.small_eigen import eigh
 
 FEW_ROWS = 320
 """Stacked rows up to which a start costs next to nothing."""
@@ -70,7 +71,8 @@ class Grouped:
 class HeadSpace:
     """The weighted updates of K tasks of one module in small coordinates: ``sqrt(w_k) dW_k = Q_k root_k basis``.
 
-    The ``Q_k`` have orthonormal columns and ``basis`` has orthonormal rows. All in float64.
+    The ``Q_k`` have orthonormal columns and ``basis`` has orthonormal rows. All in float64, and on the CPU: a search
+    takes thousands of steps too small for a GPU.
     """
 
     root: Tensor  # (K, r, m), coordinates in descending order of energy
@@ -93,11 +95,11 @@ class HeadSpace:
             Weighted energies of the means along the rows, descending (m,); and the rows (m, m) in columns.
         """
         tasks, rank, width = self.root.shape
-        mixed = torch.from_numpy(_mixing(groups, self.weights)).to(self.root.device)
+        mixed = torch.from_numpy(_mixing(groups, self.weights))
         stacked = self.root.reshape(tasks * rank, width)
         means = (self.gram * mixed[:, None, :, None]).view(tasks * rank, tasks * rank) @ stacked
-        values, vectors = torch.linalg.eigh(stacked.mT @ means)
-        return values.flip(-1).clamp_min(0).cpu().numpy(), vectors.flip(-1)
+        values, vectors = eigh(stacked.mT @ means)
+        return values.flip(-1).clamp_min(0).numpy(), vectors.flip(-1)
 
     def products(self, rows: Tensor | None = None) -> Floats:
         """``sqrt(w_j w_k) <H_j, H_k>`` (K, K) of the heads on some rows (columns of ``rows``), by default on all."""
@@ -105,16 +107,16 @@ class HeadSpace:
         tasks, rank, _ = heads.shape
         stacked = heads.reshape(tasks * rank, -1)
         met = (stacked @ stacked.mT).view(tasks, rank, tasks, rank) * self.gram
-        found: Floats = met.sum(dim=(1, 3)).cpu().numpy()
+        found: Floats = met.sum(dim=(1, 3)).numpy()
         return found
 
     def along(self, groups: Ints, rows: Tensor) -> Floats:
         """Weighted energy of every group's mean along every row: (M, n)."""
         tasks, rank, _ = self.root.shape
-        mixed = torch.from_numpy(_mixing(groups, self.weights)).to(self.root.device)
+        mixed = torch.from_numpy(_mixing(groups, self.weights))
         along = (self.root @ rows).reshape(tasks * rank, -1)
         means = (self.gram * mixed[:, None, :, None]).view(tasks * rank, tasks * rank) @ along
-        of_task = (along * means).view(tasks, rank, -1).sum(dim=1).cpu().numpy()
+        of_task = (along * means).view(tasks, rank, -1).sum(dim=1).numpy()
         return np.stack([of_task[groups == group].sum(axis=0) for group in range(groups.max() + 1)])
 
 
@@ -153,7 +155,7 @@ def group_tasks(problem: ModuleProblem, wanted: SharedHeads, largest: int) -> Gr
     whole[changing] = groups
     return Grouped(
         tuple(whole.tolist()),
-        compact(problem, combined_rows(own, ((vectors / values.sqrt()) @ rows).mT)),
+        compact(problem, combined_rows(own, ((vectors / values.sqrt()) @ rows.to(vectors)).mT)),
         space.along(groups, rows),
     )
 
@@ -180,7 +182,7 @@ def head_space(problem: ModuleProblem, values: Tensor, vectors: Tensor) -> HeadS
     stacked = left_directions(problem, identity).flatten(0, 1)  # (K r, d_out): Q_k^T
     gram = (stacked @ stacked.mT).double().view(tasks, rank, tasks, rank)
     root = (vectors * values.sqrt()).view(tasks, rank, len(values))
-    return HeadSpace(root, gram, problem.weights.numpy())
+    return HeadSpace(root.cpu(), gram.cpu(), problem.weights.numpy())
 
 
 def find_groups(space: HeadSpace, heads: int, rank: int, seed: int) -> tuple[Ints, float]:

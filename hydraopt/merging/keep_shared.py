@@ -56,6 +56,9 @@ from hydraopt.recipe import SOLVER_VERSION, Recipe
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+_FEW_NUMBERS = 1 << 19
+"""Numbers of a module below which its operations are too short for threads."""
+
 _FAR_WORSE = 2.0
 _NOTICEABLE = 0.05
 """A task is warned of whose relative error is beyond both: so many times the former bundle's, and this."""
@@ -278,8 +281,8 @@ class KeepingRun:
         return self._each(build, work, "build the heads")
 
     def _each(self, function: Callable[[Item], Result], items: Sequence[Item], what: str) -> Iterator[Result]:
-        numbers = self.assembly.numbers / max(len(self.modules), 1)
-        return in_order(function, items, what, self.progress, numbers=numbers)
+        few = self.assembly.numbers < _FEW_NUMBERS * len(self.modules)
+        return in_order(function, items, what, self.progress, alone=few or self.device.type != "cpu")
 
     def _load(self, name: str, weights: Mapping[str, float]) -> ModuleProblem:
         # A metric belongs to the input side alone: families that share the output side do without.

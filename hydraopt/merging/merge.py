@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 
-import torch
 from pydantic import ValidationError
 
 from hydraopt.adapters import Adapter, read_adapter
 from hydraopt.adapters.together import check_kinds
 from hydraopt.bundle.contents import Bundle
 from hydraopt.errors import AdapterMismatchError, BudgetError
+from hydraopt.merging.devices import find_device
 from hydraopt.merging.former import kept_settings
 from hydraopt.merging.keep_shared import KeepingRun
 from hydraopt.merging.run import MergeRun
@@ -219,21 +219,6 @@ def largest_input_rank(adapters: Mapping[str, Adapter]) -> int:
 def open_adapter(adapter: Adapter | Path | str) -> Adapter:
     """The adapter itself, or the one in that folder."""
     return adapter if isinstance(adapter, Adapter) else read_adapter(adapter)
-
-
-def find_device(name: str) -> torch.device:
-    """The device of that name; "auto" is CUDA where there is one.
-
-    Raises:
-        BudgetError: If there is no such device here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name not in {"cpu", "cuda"}:
-        raise BudgetError(f"device={name!r}: use 'auto', 'cpu' or 'cuda'")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise BudgetError("device='cuda': this machine shows no CUDA device; use 'auto' or 'cpu'")
-    return torch.device(name)
 
 
 def silent(_done: int, _total: int, _what: str) -> None:

@@ -18,10 +18,9 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from hydraopt.merging.problem import ModuleProblem
-from hydraopt.precision import PRECISIONS, core_bits, vector_bytes
+from hydraopt.precision import PRECISIONS, Block, core_bits, vector_bytes
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -45,8 +44,8 @@ class StoredModule:
     ``shared`` and every one of ``heads`` are blocks of bytes in storage order; errors and norms are squared.
     """
 
-    shared: list[Tensor]
-    heads: dict[str, list[Tensor]]
+    shared: list[Block]
+    heads: dict[str, list[Block]]
     squared_error: dict[str, float]
     squared_norm: dict[str, float]
 

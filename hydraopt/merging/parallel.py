@@ -7,7 +7,6 @@ a Dask client's can.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,14 +14,11 @@ from typing import TypeVar
 
 import torch
 
+from hydraopt.errors import BudgetError
 from hydraopt.progress import Progress
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-FEW_NUMBERS = 1 << 19
-"""Numbers of a module below which its operations are so short that threads wait for the interpreter's lock more than
-they gain."""
 
 _AHEAD = 16
 """Items an executor of unknown size is handed before the first result is taken."""
@@ -35,7 +31,7 @@ def in_order(
     progress: Progress,
     executor: Executor | None = None,
     *,
-    numbers: float = math.inf,
+    alone: bool = False,
 ) -> Iterator[Result]:
     """``map`` over workers, with progress; only a few items are in memory at once.
 
@@ -44,29 +40,31 @@ def in_order(
         items: The items.
         what: Says so to the person who waits.
         progress: Told of every item that is done.
-        executor: Runs the function elsewhere; None is a pool of ``torch.get_num_threads()`` threads, or of one where
-            items are small.
-        numbers: In an item, on average, if its work grows with them.
+        executor: Runs the function elsewhere; None is a pool of ``torch.get_num_threads()`` threads.
+        alone: Whether to do without other threads: where operations are so short, or only started, as on a GPU, that
+            threads wait for the interpreter's lock more than they gain.
 
     Yields:
         The results in the order of ``items``.
     """
-    for done, result in enumerate(_results(function, items, executor, numbers)):
+    for done, result in enumerate(_results(function, items, executor, alone)):
         progress(done, len(items), what)
         yield result
     progress(len(items), len(items), what)
 
 
 def _results(
-    function: Callable[[Item], Result], items: Sequence[Item], executor: Executor | None, numbers: float
+    function: Callable[[Item], Result], items: Sequence[Item], executor: Executor | None, alone: bool
 ) -> Iterator[Result]:
     if executor is not None:
         yield from _through(executor, function, items, _AHEAD)
         return
     with _single_threaded_operations() as threads:
-        workers = threads if numbers >= FEW_NUMBERS else 1
-        with ThreadPoolExecutor(workers) as pool:
-            yield from _through(pool, function, items, workers)
+        if alone:
+            yield from (_run_alone(function, item) for item in items)
+            return
+        with ThreadPoolExecutor(threads) as pool:
+            yield from _through(pool, function, items, threads)
 
 
 def _through(
@@ -84,7 +82,12 @@ def _through(
 def _run_alone(function: Callable[[Item], Result], item: Item) -> Result:
     # A new thread starts with OpenMP's own default; torch keeps the setting per thread.
     torch.set_num_threads(1)
-    return function(item)
+    try:
+        return function(item)
+    except torch.OutOfMemoryError as reason:
+        raise BudgetError(
+            f"the GPU has too little memory left: {str(reason).split('. ')[0]}. Free some, or use device='cpu'"
+        ) from reason
 
 
 @contextmanager

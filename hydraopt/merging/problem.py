@@ -11,7 +11,7 @@ moment ``C`` (d_in, d_in) of the module's inputs. Then ``C`` stands between any 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -20,6 +20,9 @@ from torch import Tensor
 
 from hydraopt.adapters import Adapter
 from hydraopt.errors import AdapterMismatchError
+from hydraopt.merging.devices import start
+from hydraopt.merging.kept_factors import KeptFactors
+from hydraopt.merging.small_eigen import eigh
 
 SMALL_PROBLEM = 1 << 21
 """Numbers in all factors of one module up to which float64 costs nothing one would notice."""
@@ -97,7 +100,7 @@ class ModuleProblem:
 
     @cached_property
     def _roots(self) -> tuple[Tensor, Tensor]:
-        values, vectors = torch.linalg.eigh(self.up_gram)  # ascending
+        values, vectors = eigh(self.up_gram)  # ascending
         # Rounding noise of the Gram matrix. Clamped, not dropped: Q_k core_k = B_k holds for any positive values.
         floor = values[:, -1:].clamp_min(0) * 8 * torch.finfo(self.ups.dtype).eps
         return torch.maximum(values, floor).sqrt(), vectors
@@ -145,6 +148,7 @@ def load_module(
     metric: Tensor | None = None,
     *,
     known: Grams | None = None,
+    kept: KeptFactors | None = None,
 ) -> ModuleProblem:
     """Read one module of all adapters that have it.
 
@@ -155,10 +159,12 @@ def load_module(
         device: Where to compute.
         metric: Second moment of the module's inputs (d_in, d_in), or None.
         known: Products of the same factors, from an earlier reading.
+        kept: Where the factors of this set are kept on the device, if they are.
 
     Raises:
         AdapterMismatchError: If the metric is of another size.
     """
+    start(device)
     tasks = tuple(sorted(task for task, adapter in adapters.items() if name in adapter.modules))
     specs = [adapters[task].modules[name] for task in tasks]
     if metric is not None and metric.shape != (specs[0].d_in, specs[0].d_in):
@@ -168,16 +174,12 @@ def load_module(
         )
     numbers = sum(spec.numbers for spec in specs)
     dtype = torch.float64 if numbers <= SMALL_PROBLEM else torch.float32
-    rank = max(spec.rank for spec in specs)
-    make = torch.empty if all(spec.rank == rank for spec in specs) else torch.zeros
-    ups = make(len(tasks), specs[0].d_out, rank, dtype=dtype, device=device)
-    downs = make(len(tasks), rank, specs[0].d_in, dtype=dtype, device=device)
-    stored = set()
-    for k, (task, spec) in enumerate(zip(tasks, specs, strict=True)):
-        up, down, scaling = adapters[task].parts(name)
-        ups[k, :, : spec.rank].copy_(up).mul_(scaling)
-        downs[k, : spec.rank].copy_(down)
-        stored.add(down.dtype)
+    if kept is None:
+        ups, downs, is_bfloat16 = _read(name, [adapters[task] for task in tasks], dtype, device)
+    else:
+        raw = kept.factors(name)
+        ups, downs = raw.scaled(dtype)
+        is_bfloat16 = raw.is_bfloat16
     return ModuleProblem(
         name,
         tasks,
@@ -186,9 +188,30 @@ def load_module(
         downs=downs,
         ranks=tuple(spec.rank for spec in specs),
         metric=None if metric is None else metric.to(device, dtype),
-        is_bfloat16=stored == {torch.bfloat16} and dtype == torch.float32,
+        is_bfloat16=is_bfloat16 and dtype == torch.float32,
         known=known,
     )
+
+
+def _read(
+    name: str, adapters: Sequence[Adapter], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, bool]:
+    """``B_k`` with the scaling, ``A_k``, and whether all ``A_k`` are stored in bfloat16.
+
+    Converted task by task as the files are read, while a processor's cache holds them.
+    """
+    specs = [adapter.modules[name] for adapter in adapters]
+    rank = max(spec.rank for spec in specs)
+    make = torch.empty if all(spec.rank == rank for spec in specs) else torch.zeros
+    ups = make(len(specs), specs[0].d_out, rank, dtype=dtype, device=device)
+    downs = make(len(specs), rank, specs[0].d_in, dtype=dtype, device=device)
+    stored = set()
+    for k, (adapter, spec) in enumerate(zip(adapters, specs, strict=True)):
+        up, down, scaling = adapter.parts(name)
+        ups[k, :, : spec.rank].copy_(up).mul_(scaling)
+        downs[k, : spec.rank].copy_(down)
+        stored.add(down.dtype)
+    return ups, downs, stored == {torch.bfloat16}
 
 
 def principal_directions(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -202,7 +225,7 @@ def principal_directions(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
         Vectors (K, r, count), strongest first; and ``sigma^(1/2)`` (K, count) to split between two factors, one
         where a direction has no energy: a finite scale, which the product of the factors does not depend on.
     """
-    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = eigh(gram)
     sigma = values.flip(-1)[:, :count].clamp_min(0).sqrt()
     largest = sigma[:, :1] if count else sigma
     root = torch.maximum(sigma, 1e-12 * largest).sqrt()

@@ -9,8 +9,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from hydraopt.merging.devices import solved
 from hydraopt.merging.option import StoredModule
 from hydraopt.merging.problem import ModuleProblem, Projected, squared_errors
+from hydraopt.precision import Block
 
 
 def left_directions(problem: ModuleProblem, vectors: Tensor) -> Tensor:
@@ -43,12 +45,11 @@ def masked_solve(gram: Tensor, right: Tensor, kept: npt.NDArray[np.bool_]) -> Te
     empty = ~mask | (diagonal <= 0)
     size = diagonal.amax(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
     padded = gram + torch.diag_embed(torch.where(empty, size, 1e-12 * size))
-    solved: Tensor = torch.linalg.solve(padded, right.masked_fill(empty[:, :, None], 0.0))
-    return solved
+    return solved(padded, right.masked_fill(empty[:, :, None], 0.0))
 
 
 def stored_module(
-    problem: ModuleProblem, shared: list[Tensor], heads: Sequence[list[list[Tensor]]], projected: Projected
+    problem: ModuleProblem, shared: list[Block], heads: Sequence[list[list[Block]]], projected: Projected
 ) -> StoredModule:
     """Gather a module's blocks by file and measure its error.
 

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import cached_property
 from typing import TypeVar
 
@@ -31,6 +32,7 @@ from hydraopt.merging.families import (
     shared_options,
     worthwhile,
 )
+from hydraopt.merging.kept_factors import KeptFactors
 from hydraopt.merging.option import Choice, Floats, Option, StoredModule
 from hydraopt.merging.parallel import in_order
 from hydraopt.merging.problem import Grams, ModuleProblem, load_module, module_names
@@ -57,6 +59,7 @@ class MergeRun:
         progress: Called with (done, total, what).
         metrics: Second moment of the inputs of some modules, (d_in, d_in) by name, from calibration data.
         executor: Where modules are worked on; None is threads of this process.
+        kept: Factors of the same adapters on the same device, from another merge; None is a new place on a GPU.
 
     Raises:
         BudgetError: If there are metrics and the method has no use for them.
@@ -71,6 +74,7 @@ class MergeRun:
         metrics: Mapping[str, Tensor] | None = None,
         *,
         executor: Executor | None = None,
+        kept: KeptFactors | None = None,
     ) -> None:
         self.adapters = adapters
         self.recipe = recipe
@@ -87,15 +91,22 @@ class MergeRun:
         self.dtype: torch.dtype = getattr(torch, recipe.dtype)
         self.assembly = Assembly(adapters, recipe, self.modules)
         self._grams: dict[str, Grams] = {}  # by module, once the tasks were weighed
+        self._kept = kept or KeptFactors.on(device, adapters)
 
     def __getstate__(self) -> dict[str, object]:
-        """What a worker elsewhere needs: not who is told of the progress, nor the executor, nor grams of modules."""
-        return {**self.__dict__, "progress": None, "executor": None, "_grams": {}}
+        """What a worker elsewhere needs: not who is told of the progress, the executor, or what is kept of modules."""
+        return {**self.__dict__, "progress": None, "executor": None, "_grams": {}, "_kept": None}
 
     def under(self, recipe: Recipe) -> MergeRun:
         """The same set under another recipe with the same relative weights; what was found of the tasks is kept."""
         other = MergeRun(
-            self.adapters, recipe, self.device, self.progress, self.metrics, executor=self.executor
+            self.adapters,
+            recipe,
+            self.device,
+            self.progress,
+            self.metrics,
+            executor=self.executor,
+            kept=self._kept,
         )
         other.__dict__["_spectra"], other._grams = self._spectra, self._grams
         return other
@@ -110,7 +121,7 @@ class MergeRun:
             if self.recipe.budget is not None and self.recipe.budget < 1:
                 most_factor_bytes(self.assembly, self.recipe)  # refuse at once what no work would meet
             choices = self._choices()
-            return self.assembly.bundle(self.assembly.entries(choices), self._build(choices), wanted.result())
+            return self.assembly.bundle(self.assembly.entries(choices), self.build(choices), wanted.result())
 
     def _choices(self) -> list[Choice]:
         if self.recipe.method not in ONE_FOR_ALL:
@@ -305,7 +316,8 @@ class MergeRun:
             energies[k, : len(spectrum)] = self.weights[task] * spectrum
         return separate.option(energies, self.assembly.shape(name), self.recipe.precisions)
 
-    def _build(self, choices: Sequence[Choice]) -> Iterator[StoredModule]:
+    def build(self, choices: Sequence[Choice]) -> Iterator[StoredModule]:
+        """Every module as it is stored, in order."""
         _ = self.weights  # needed before the first module
 
         def build(item: tuple[str, Choice, Grams | None]) -> StoredModule:
@@ -326,7 +338,8 @@ class MergeRun:
         self, name: str, grams: Grams | None = None, *, weights: Mapping[str, float] | None = None
     ) -> ModuleProblem:
         weights = self.weights if weights is None else weights
-        problem = load_module(name, self.adapters, weights, self.device, self.metrics.get(name), known=grams)
+        metric = self.metrics.get(name)
+        problem = load_module(name, self.adapters, weights, self.device, metric, known=grams, kept=self._kept)
         check_finite(problem, self.adapters)
         return problem
 
@@ -352,8 +365,12 @@ class MergeRun:
     def _each(
         self, function: Callable[[Item], Result], items: Sequence[Item], what: str, *, exact: bool = False
     ) -> Iterator[Result]:
-        with bfloat16_products(allowed=self._is_bfloat16 and not exact):
-            yield from in_order(function, items, what, self.progress, self.executor)
+        names = [str(item[0] if isinstance(item, tuple) else item) for item in items]
+        ahead = self._kept.reading_ahead(names) if self._kept and not self.executor else nullcontext()
+        with bfloat16_products(allowed=self._is_bfloat16 and not exact), ahead:
+            yield from in_order(
+                function, items, what, self.progress, self.executor, alone=self.device.type != "cpu"
+            )
 
 
 def check_finite(problem: ModuleProblem, adapters: Mapping[str, Adapter]) -> None:

@@ -14,6 +14,7 @@ import torch
 from hydraopt.merging.option import LEFT_OUT, Floats, Levels, Option, Part, Rates, StoredModule
 from hydraopt.merging.problem import ModuleProblem, Projected, principal_directions
 from hydraopt.merging.refit import left_directions, masked_solve, stored_module
+from hydraopt.merging.small_eigen import eigvalsh
 from hydraopt.precision import encode_ragged
 
 NAME = "separate"
@@ -45,7 +46,7 @@ class Separate:
 
 def spectra(problem: ModuleProblem) -> Floats:
     """Squared singular values of every task's update in the metric, descending: (K, r)."""
-    values = torch.linalg.eigvalsh(problem.rows_gram).flip(-1).clamp_min(0)
+    values = eigvalsh(problem.rows_gram).flip(-1).clamp_min(0)
     return np.asarray(values.cpu().numpy())
 
 

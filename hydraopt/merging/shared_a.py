@@ -13,7 +13,8 @@ from hydraopt.merging.basis import Basis
 from hydraopt.merging.option import LEFT_OUT, Ints, Levels, Option, Part, Rates, StoredModule
 from hydraopt.merging.problem import ModuleProblem, Projected, principal_directions
 from hydraopt.merging.refit import left_directions, masked_solve, stored_module
-from hydraopt.precision import core_bits, encode_ragged
+from hydraopt.merging.small_eigen import eigvalsh
+from hydraopt.precision import Block, core_bits, encode_ragged
 
 NAME = "shared-a"
 MAX_SHARED_RANK = 128
@@ -23,7 +24,7 @@ MAX_SHARED_RANK = 128
 class SharedRows:
     """A shared factor as it is stored, and what fitting to it needs."""
 
-    blocks: list[Tensor]
+    blocks: list[Block]
     rows: Tensor  # (q, d_in): what the blocks decode to
     gram: Tensor  # (q, q), float64: rows rows^T
     measured_gram: Tensor  # (q, q), float64: rows C rows^T
@@ -52,7 +53,7 @@ def store_rows(
     return stored_rows(problem, stored[0], decoded[0])
 
 
-def stored_rows(problem: ModuleProblem, blocks: list[Tensor], rows: Tensor) -> SharedRows:
+def stored_rows(problem: ModuleProblem, blocks: list[Block], rows: Tensor) -> SharedRows:
     """What fitting to rows needs that are stored as they are.
 
     Args:
@@ -119,7 +120,7 @@ def options(problem: ModuleProblem, basis: Basis, ranks: Sequence[int], bits: Se
         return []
     grams = projected_grams(problem.cores @ basis.cross, ranks)
     weights = problem.weights.to(grams.device)
-    spectra = torch.linalg.eigvalsh(grams).flip(-1).clamp_min(0) * weights[:, None]
+    spectra = eigvalsh(grams).flip(-1).clamp_min(0) * weights[:, None]
     base = ((problem.norms.to(weights.device) * weights) - spectra.sum(-1)).clamp_min(0).sum(-1).cpu()
     energies = basis.energies.cpu().numpy()
     row = Rates.of(bits, (problem.d_in,))

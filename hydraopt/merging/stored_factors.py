@@ -97,6 +97,6 @@ class StoredFactors:
             sides = [problem, problem.mirror()]
         parts = Reader(self.data, self.dtype).take(shared_blocks(self.entry, self.precisions))
         return [
-            stored_rows(side, [self.data] if i == 0 else [], part.read().to(side.downs))
+            stored_rows(side, [self.data.numpy()] if i == 0 else [], part.read().to(side.downs))
             for i, (side, part) in enumerate(zip(sides, parts, strict=True))
         ]

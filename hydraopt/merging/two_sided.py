@@ -18,6 +18,7 @@ from hydraopt.merging.option import LEFT_OUT, Ints, Levels, Option, Part, Rates,
 from hydraopt.merging.problem import ModuleProblem, Projected, principal_directions
 from hydraopt.merging.refit import masked_solve, stored_module
 from hydraopt.merging.shared_a import SharedRows, projected_grams, store_rows
+from hydraopt.merging.small_eigen import eigh, eigvalsh
 from hydraopt.precision import core_bits, encode_ragged
 
 NAME = "two-sided"
@@ -91,9 +92,9 @@ def options(
     # The core on q rows is U_q^T D_q with U, D the products with both bases: its singular values, from r x r matrices,
     # are those of R_q U_q with D_q D_q^T = R_q^T R_q.
     ups, downs = projected_grams(outputs.cross, ranks), projected_grams(inputs.cross, ranks)
-    values, vectors = torch.linalg.eigh(downs)
+    values, vectors = eigh(downs)
     roots = vectors * values.clamp_min(0).sqrt()[..., None, :]
-    spectra = torch.linalg.eigvalsh(roots.mT @ ups @ roots).flip(-1).clamp_min(0) * weights[:, None]
+    spectra = eigvalsh(roots.mT @ ups @ roots).flip(-1).clamp_min(0) * weights[:, None]
     base = (wanted - spectra.sum(-1)).clamp_min(0).sum(-1).cpu()
     return [
         Option(

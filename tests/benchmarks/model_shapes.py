@@ -7,6 +7,9 @@ B has a decaying spectrum of its own. Merge time and memory depend on the shapes
 from __future__ import annotations
 
 import json
+from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -52,12 +55,15 @@ SHAPES = {
 
 def write_adapters(model: str, count: int, rank: int, folder: Path) -> list[Path]:
     """Write ``count`` bf16 adapters below ``folder``, reusing those that are there."""
-    return [_write_adapter(model, task, rank, folder / f"task-{task:03d}") for task in range(count)]
+    folders = [folder / f"task-{task:03d}" for task in range(count)]
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as workers:
+        return list(workers.map(_write_adapter, repeat(model), range(count), repeat(rank), folders))
 
 
 def _write_adapter(model: str, task: int, rank: int, folder: Path) -> Path:
     if (folder / "adapter_model.safetensors").exists():
         return folder
+    torch.set_num_threads(1)
     layers, shapes = SHAPES[model]
     start = torch.Generator().manual_seed(0)
     own = torch.Generator().manual_seed(1 + task)

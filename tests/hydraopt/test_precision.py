@@ -14,6 +14,7 @@ from hydraopt.precision import (
     GROUP,
     LOW_BITS,
     PRECISIONS,
+    _encode_few,
     core_bits,
     decode,
     encode,
@@ -110,6 +111,19 @@ def test_vectors_of_many_heads_keep_their_own_precision():
         assert [block.shape[0] for block in stored[head]] == [
             count for level in range(3) if (count := int((levels[head] == level).sum()))
         ]
+
+
+def test_vectors_of_several_precisions_at_once_are_as_one_by_one():
+    """As on a GPU, whose every start costs."""
+    runs = [(8, 3), (6, 1), (4, 4), (3, 2), (2, 5)]
+    vectors = gaussian(15, 300)
+    data, decoded = _encode_few(vectors, runs, torch.bfloat16)
+    start = 0
+    for (bits, rows), found in zip(runs, data, strict=True):
+        expected = encode(vectors[start : start + rows], bits, torch.bfloat16)
+        assert torch.equal(found, expected[0])
+        assert torch.equal(decoded[start : start + rows], expected[1])
+        start += rows
 
 
 @pytest.mark.parametrize("bits", PRECISIONS)

@@ -5,7 +5,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready$(EXTRAS:%=-%)
 
-.PHONY: install demo test chaos lint format bench bench-pipeline down secrets clean
+.PHONY: install demo test chaos lint format bench bench-gpu bench-pipeline down secrets clean
 
 install: $(READY)
 
@@ -39,6 +39,9 @@ format: $(READY)
 bench: $(READY)  ## merge time, memory and error on model shapes, beside PEFT's svd and a fit by Adam; prints tables
 	$(BIN)/python tests/benchmarks/bench_merge.py
 	$(BIN)/python tests/benchmarks/bench_baselines.py
+
+bench-gpu: $(READY)  ## a merge on a CUDA GPU beside the same one on the CPU; 7 GB of adapters are written for it
+	$(BIN)/python tests/benchmarks/bench_gpu.py
 
 bench-pipeline: $(READY)  ## publishing, a device's update, a registration's way and recoveries on local services
 	$(BIN)/python tests/benchmarks/bench_pipeline.py

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -60,6 +61,7 @@ class KeptFactors:
         self._adapters = adapters
         self._device = device
         self._left = most
+        self._lock = Lock()
         self._kept: dict[str, RawFactors] = {}
         self._coming: dict[str, Future[RawFactors]] = {}
         self._asked: Iterator[tuple[str, Future[RawFactors]]] = iter(())
@@ -74,14 +76,17 @@ class KeptFactors:
 
     def factors(self, name: str) -> RawFactors:
         """One module of all tasks that have it, sorted."""
-        if name in self._kept:
-            return self._kept[name]
-        while len(self._coming) < _AHEAD and (asked := next(self._asked, None)):
-            self._coming[asked[0]] = asked[1]
-        found = self._coming.pop(name).result() if name in self._coming else self._read(name)
-        if found.bytes <= self._left:
-            self._left -= found.bytes
-            self._kept[name] = found
+        with self._lock:
+            if name in self._kept:
+                return self._kept[name]
+            while len(self._coming) < _AHEAD and (asked := next(self._asked, None)):
+                self._coming[asked[0]] = asked[1]
+            coming = self._coming.pop(name, None)
+        found = self._read(name) if coming is None else coming.result()
+        with self._lock:
+            if found.bytes <= self._left:
+                self._left -= found.bytes
+                self._kept[name] = found
         return found
 
     @contextmanager

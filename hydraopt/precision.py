@@ -113,7 +113,7 @@ Runs = list[tuple[int, int]]
 def _encode_few(vectors: Tensor, runs: Runs, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
     """:func:`encode`, all vectors at once: the bytes of each run, where ``vectors`` are; and what they read back as.
 
-    Several runs are for a GPU, which takes its time to start anything; none of them has 16 bits or more.
+    Several runs, none of them of 16 bits or more, take as many calls as one.
     """
     count, length = vectors.shape
     if runs[0][0] >= 16:
@@ -272,21 +272,16 @@ def encode_ragged(
 def _together(
     bits: Sequence[int], counts: Sequence[int], vectors: Tensor
 ) -> Iterator[tuple[list[int], Runs]]:
-    """What is encoded at once, with its places in ``bits``: a part of a run, or on a GPU everything below 16 bits."""
+    """What is encoded at once, with its places in ``bits``: everything below 16 bits, or a part of a run."""
     most = _at_once(vectors)
     left = [index for index, count in enumerate(counts) if count]
-    if vectors.device.type != "cpu":
-        low = [index for index in left if bits[index] < 16]
-        if sum(counts[index] for index in low) <= most:
-            left = left[: len(left) - len(low)]
-            for indices in ([index] for index in left):
-                yield indices, [(bits[index], counts[index]) for index in indices]
-            if low:
-                yield low, [(bits[index], counts[index]) for index in low]
-            return
-    for index in left:
+    low = [index for index in left if bits[index] < 16]
+    fits = sum(counts[index] for index in low) <= most
+    for index in left[: len(left) - len(low)] if fits else left:
         for start in range(0, counts[index], most):
             yield [index], [(bits[index], min(most, counts[index] - start))]
+    if low and fits:
+        yield low, [(bits[index], counts[index]) for index in low]
 
 
 def _groups(length: int) -> int:

@@ -31,6 +31,7 @@ from hydraopt.bundle.layout import (
     task_file,
 )
 from hydraopt.errors import BudgetError
+from hydraopt.merging import separate
 from hydraopt.merging.assembly import Assembly, row_bytes
 from hydraopt.merging.budget import (
     ModuleCurves,
@@ -48,6 +49,7 @@ from hydraopt.merging.option import Choice, Floats, Option, StoredModule
 from hydraopt.merging.parallel import in_order
 from hydraopt.merging.problem import ModuleProblem, load_module, module_names
 from hydraopt.merging.run import TINY, check_finite, check_range
+from hydraopt.merging.side_by_side import joined, joined_levels, parted
 from hydraopt.merging.solving import allowed_bytes, fit_container
 from hydraopt.merging.stored_factors import StoredFactors
 from hydraopt.progress import Progress
@@ -58,6 +60,9 @@ Result = TypeVar("Result")
 
 _FEW_NUMBERS = 1 << 19
 """Numbers of a module below which its operations are too short for threads."""
+
+_BATCH_NUMBERS = 1 << 20
+"""Numbers of modules that are built at once: more would leave the processor's cache."""
 
 _FAR_WORSE = 2.0
 _NOTICEABLE = 0.05
@@ -269,20 +274,53 @@ class KeepingRun:
             yield module.model_copy(update={"heads": tuple(heads.get(task) for task in self.adapters)})
 
     def _build(self, choices: Sequence[Choice]) -> Iterator[StoredModule]:
-        def build(item: tuple[str, Choice]) -> StoredModule:
-            name, choice = item
-            problem = self._load(name, self._weights)
-            bits, dtype = self.former.manifest.precisions, self.former.dtype
-            stored = choice.option.solution.build(problem, choice.levels, bits, dtype)
-            check_range(name, dtype, stored)
+        """Every module, in order."""
+        chosen = dict(zip(self.modules, choices, strict=True))
+        bits, dtype = self.former.manifest.precisions, self.former.dtype
+
+        def build(names: Sequence[str]) -> list[StoredModule]:
+            problems = [self._load(name, self._weights) for name in names]
+            levels = [chosen[name].levels for name in names]
+            family = chosen[names[0]].option.solution
+            if len(names) == 1:
+                stored = [family.build(problems[0], levels[0], bits, dtype)]
+            else:
+                together = joined_levels([one.heads for one in levels])
+                stored = parted(family.build(joined(problems), together, bits, dtype), problems)
+            for name, one in zip(names, stored, strict=True):
+                check_range(name, dtype, one)
             return stored
 
-        work = list(zip(self.modules, choices, strict=True))
-        return self._each(build, work, "build the heads")
+        batches = self._batches()
+        ready: dict[str, StoredModule] = {}
+        left = iter(self.modules)
+        following = next(left, None)
+        for names, stored in zip(batches, self._each(build, batches, "build the heads"), strict=True):
+            ready.update(zip(names, stored, strict=True))
+            while following in ready:
+                yield ready.pop(following)
+                following = next(left, None)
+
+    def _batches(self) -> list[list[str]]:
+        """Modules to build at once: those of one shape that share nothing, where they have few numbers."""
+        alike: dict[object, list[str]] = {}
+        for name in self.modules:
+            shares = self.factors[name].entry.family != separate.NAME or name in self.metrics
+            alike.setdefault(name if shares or not self._few else self.assembly.shape(name), []).append(name)
+        batches = []
+        for names in alike.values():
+            most = max(1, _BATCH_NUMBERS * len(self.modules) // max(self.assembly.numbers, 1))
+            batches += [names[start : start + most] for start in range(0, len(names), most)]
+        return batches
+
+    @property
+    def _few(self) -> bool:
+        """Whether modules have so few numbers that calls take longer than what they do."""
+        return self.assembly.numbers < _FEW_NUMBERS * len(self.modules)
 
     def _each(self, function: Callable[[Item], Result], items: Sequence[Item], what: str) -> Iterator[Result]:
-        few = self.assembly.numbers < _FEW_NUMBERS * len(self.modules)
-        return in_order(function, items, what, self.progress, alone=few or self.device.type != "cpu")
+        alone = self._few or self.device.type != "cpu"
+        return in_order(function, items, what, self.progress, alone=alone)
 
     def _load(self, name: str, weights: Mapping[str, float]) -> ModuleProblem:
         # A metric belongs to the input side alone: families that share the output side do without.

@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 import hydraopt
 from hydraopt.bundle.layout import SHARED_FILE, task_file
 from hydraopt.errors import AdapterMismatchError, BudgetError, BundleError
+from hydraopt.merging import keep_shared
 from hydraopt.merging.keep_shared import KeepingRun
+from hydraopt.merging.side_by_side import joined
 
 WIDE = {"q_proj": (48, 64), "up_proj": (96, 48)}
 
@@ -61,6 +63,37 @@ def test_reported_errors_are_those_of_what_is_stored(workshop, folders, method):
         reported = fresh.manifest.tasks[task].relative_error
         assert reported == pytest.approx(math.sqrt(squares[-1]), rel=1e-6)
     assert fresh.relative_error == pytest.approx(math.sqrt(sum(squares) / len(squares)), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"budget": 0.5}, {"budget": 0.7, "dtype": "float32"}, {"max_error": 0.1}]
+)
+def test_modules_built_together_are_as_alone(workshop, monkeypatch, settings):
+    """Mixed ranks, a module less in one task: the same heads but for the rounding of sums in another order."""
+    sets = {
+        f"t{i}": make(workshop, f"t{i}", i, layers=4, rank=3 + i, shapes=WIDE if i else {"q_proj": (48, 64)})
+        for i in range(4)
+    }
+    former = hydraopt.merge(sets, method="separate", **settings)
+    now = sets | {
+        "t0": make(workshop, "less", 70, layers=4, shapes={"q_proj": (48, 64)}),
+        "t1": make(workshop, "more", 71, layers=4, rank=8),
+    }
+    together = hydraopt.merge(now, keep_shared=former)
+    sizes = []
+    monkeypatch.setattr(
+        keep_shared, "joined", lambda problems: sizes.append(len(problems)) or joined(problems)
+    )
+    assert hydraopt.merge(now, keep_shared=former).id == together.id
+    assert sizes == [4, 4]
+    monkeypatch.setattr(keep_shared, "_BATCH_NUMBERS", 1)
+    alone = hydraopt.merge(now, keep_shared=former)
+    assert sizes == [4, 4]
+    assert together.manifest.modules == alone.manifest.modules
+    for task in ("t0", "t1"):
+        found, expected = workshop.dense_bundle(together, task), workshop.dense_bundle(alone, task)
+        for name, update in expected.items():
+            assert (found[name] - update).norm() <= 1e-5 * update.norm()
 
 
 def test_the_manifest_is_as_long_as_the_budget_counted_on(workshop, folders, monkeypatch):

@@ -114,7 +114,6 @@ def test_vectors_of_many_heads_keep_their_own_precision():
 
 
 def test_vectors_of_several_precisions_at_once_are_as_one_by_one():
-    """As on a GPU, whose every start costs."""
     runs = [(8, 3), (6, 1), (4, 4), (3, 2), (2, 5)]
     vectors = gaussian(15, 300)
     data, decoded = _encode_few(vectors, runs, torch.bfloat16)

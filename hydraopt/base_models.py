@@ -249,7 +249,12 @@ def _find_on_hub(name: str, revision: str | None) -> None:
 
 
 def _ensure_padding(model: Any, tokenizer: Any) -> None:
-    """Many decoders have no padding token; batches need one, and classifiers find the last token by it."""
+    """Many decoders have no padding token; batches need one, and classifiers find the last token by it.
+
+    Padding stands behind a text, whatever the tokenizer was saved with: before it, a text beside longer ones would have
+    other positions than alone. Whoever generates pads before by asking for it.
+    """
+    tokenizer.padding_side = "right"
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise TaskFileError(

@@ -203,6 +203,9 @@ def _trainer(
         disable_tqdm=True,
         log_level="critical",
     )
+    if arguments.n_gpu > 1:
+        # The Trainer would give each card a batch of its own: other steps than the task file asks for.
+        arguments._n_gpu = 1  # noqa: SLF001 - as the Trainer does for models that span cards
     trainer = Trainer(
         model=model,
         args=arguments,

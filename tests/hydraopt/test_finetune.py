@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -341,6 +342,20 @@ def test_no_training_rows_is_told(topic_task, tmp_path):
     task = topic_task(data={"test": "test.jsonl"})
     with pytest.raises(TaskFileError, match="no train data"):
         finetune(task, tmp_path / "out", work=tmp_path / "work", device="cpu")
+
+
+def test_padding_stands_behind_the_text_whatever_the_tokenizer_says(topic_task, tiny_encoder, tmp_path):
+    """Before it, a text beside longer ones would be read at other positions than when it is evaluated."""
+    other = tmp_path / "left"
+    shutil.copytree(tiny_encoder, other)
+    settings = json.loads((other / "tokenizer_config.json").read_text())
+    (other / "tokenizer_config.json").write_text(json.dumps(settings | {"padding_side": "left"}))
+    for name, base in (("right", tiny_encoder), ("left", other)):
+        finetune(
+            topic_task(base_model=str(base)), tmp_path / f"out-{name}", work=tmp_path / "w", device="cpu"
+        )
+    one, two = tensors(tmp_path / "out-right"), tensors(tmp_path / "out-left")
+    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
 
 
 @pytest.mark.parametrize("kind", ["decoder", "seq2seq"])

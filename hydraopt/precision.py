@@ -96,7 +96,7 @@ def encode(vectors: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tens
     pieces = [
         _encode_few(piece, [(bits, len(piece))], dtype) for piece in torch.split(vectors, _at_once(vectors))
     ]
-    data = torch.cat([_to_cpu(data) for (data,), _ in pieces])
+    data = _to_cpu(torch.cat([data for (data,), _ in pieces]))
     return data, torch.cat([decoded for _, decoded in pieces])
 
 
@@ -258,14 +258,13 @@ def encode_ragged(
     if start < len(whole):
         flat.index_fill_(0, whole[start:], 0.0)
     stored: list[list[Block]] = [[] for _ in range(heads)]
-    found = iter(_all_to_cpu([parts[0] if len(parts) == 1 else torch.cat(parts) for parts in data if parts]))
-    for pieces, mask in zip(data, masks, strict=True):
-        if pieces:
-            rows, start = next(found), 0
-            for blocks, count in zip(stored, mask.sum(axis=1).tolist(), strict=True):
-                if count:
-                    blocks.append(rows[start : start + count])
-                    start += count
+    found = _all_to_cpu([parts[0] if len(parts) == 1 else torch.cat(parts) for parts in data if parts])
+    for rows, mask in zip(found, (mask for mask in masks if mask.any()), strict=True):
+        start = 0
+        for blocks, count in zip(stored, mask.sum(axis=1).tolist(), strict=True):
+            if count:
+                blocks.append(rows[start : start + count])
+                start += count
     return stored, flat.view(vectors.shape)
 
 

@@ -307,11 +307,10 @@ class KeepingRun:
         for name in self.modules:
             shares = self.factors[name].entry.family != separate.NAME or name in self.metrics
             alike.setdefault(name if shares or not self._few else self.assembly.shape(name), []).append(name)
-        batches = []
-        for names in alike.values():
-            most = max(1, _BATCH_NUMBERS * len(self.modules) // max(self.assembly.numbers, 1))
-            batches += [names[start : start + most] for start in range(0, len(names), most)]
-        return batches
+        most = max(1, _BATCH_NUMBERS * len(self.modules) // max(self.assembly.numbers, 1))
+        return [
+            names[start : start + most] for names in alike.values() for start in range(0, len(names), most)
+        ]
 
     @property
     def _few(self) -> bool:

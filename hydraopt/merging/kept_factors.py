@@ -9,43 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from threading import Lock
 
 import torch
-from torch import Tensor
 
 from hydraopt.adapters import Adapter
+from hydraopt.merging.factor_stacks import RawFactors, read_raw, tasks_with
 
 _SHARE = 0.5
 """Of the card's memory that is free when a merge begins: the rest is for the modules being worked on, and others."""
 
 _AHEAD = 8
 """Modules that are read while the card computes."""
-
-
-@dataclass(frozen=True)
-class RawFactors:
-    """The factors of one module of K tasks as their files have them, ranks padded with zeros to the largest r."""
-
-    ups: Tensor  # (K, d_out, r), without the scaling
-    downs: Tensor  # (K, r, d_in)
-    scalings: Tensor  # (K,), float64
-
-    @property
-    def bytes(self) -> int:
-        """Of the factors."""
-        return self.ups.nbytes + self.downs.nbytes
-
-    @property
-    def is_bfloat16(self) -> bool:
-        """Whether every number is stored as a bfloat16."""
-        return self.ups.dtype == torch.bfloat16
-
-    def scaled(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """``B_k`` with the scaling and ``A_k``, in memory of their own."""
-        ups = self.ups.to(dtype, copy=True)
-        return ups.mul_(self.scalings.to(dtype)[:, None, None]), self.downs.to(dtype, copy=True)
 
 
 class KeptFactors:
@@ -103,23 +78,5 @@ class KeptFactors:
                 self._coming.clear()
 
     def _read(self, name: str) -> RawFactors:
-        adapters = [adapter for _, adapter in sorted(self._adapters.items()) if name in adapter.modules]
-        specs = [adapter.modules[name] for adapter in adapters]
-        parts = [adapter.parts(name) for adapter in adapters]
-        found = {part.dtype for up, down, _ in parts for part in (up, down)}
-        wide = torch.float64 if torch.float64 in found else torch.float32
-        dtype = found.pop() if len(found) == 1 else wide
-        rank = max(spec.rank for spec in specs)
-        make = torch.empty if all(spec.rank == rank for spec in specs) else torch.zeros
-        pinned = self._device.type == "cuda"  # the card fetches from such pages by itself
-        ups = make(len(specs), specs[0].d_out, rank, dtype=dtype, pin_memory=pinned)
-        downs = make(len(specs), rank, specs[0].d_in, dtype=dtype, pin_memory=pinned)
-        for k, (up, down, _) in enumerate(parts):
-            ups[k, :, : up.shape[1]].copy_(up)
-            downs[k, : down.shape[0]].copy_(down)
-        scalings = torch.tensor([scaling for _, _, scaling in parts], dtype=torch.float64)
-        return RawFactors(
-            ups.to(self._device, non_blocking=True),
-            downs.to(self._device, non_blocking=True),
-            scalings.to(self._device),
-        )
+        having = [self._adapters[task] for task in tasks_with(name, self._adapters)]
+        return read_raw(name, having, self._device)

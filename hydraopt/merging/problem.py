@@ -11,7 +11,7 @@ moment ``C`` (d_in, d_in) of the module's inputs. Then ``C`` stands between any 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from hydraopt.adapters import Adapter
 from hydraopt.errors import AdapterMismatchError
 from hydraopt.merging.devices import start
+from hydraopt.merging.factor_stacks import read_scaled, tasks_with
 from hydraopt.merging.kept_factors import KeptFactors
 from hydraopt.merging.small_eigen import eigh
 
@@ -165,7 +166,7 @@ def load_module(
         AdapterMismatchError: If the metric is of another size.
     """
     start(device)
-    tasks = tuple(sorted(task for task, adapter in adapters.items() if name in adapter.modules))
+    tasks = tasks_with(name, adapters)
     specs = [adapters[task].modules[name] for task in tasks]
     if metric is not None and metric.shape != (specs[0].d_in, specs[0].d_in):
         raise AdapterMismatchError(
@@ -175,7 +176,7 @@ def load_module(
     numbers = sum(spec.numbers for spec in specs)
     dtype = torch.float64 if numbers <= SMALL_PROBLEM else torch.float32
     if kept is None:
-        ups, downs, is_bfloat16 = _read(name, [adapters[task] for task in tasks], dtype, device)
+        ups, downs, is_bfloat16 = read_scaled(name, [adapters[task] for task in tasks], dtype, device)
     else:
         raw = kept.factors(name)
         ups, downs = raw.scaled(dtype)
@@ -191,27 +192,6 @@ def load_module(
         is_bfloat16=is_bfloat16 and dtype == torch.float32,
         known=known,
     )
-
-
-def _read(
-    name: str, adapters: Sequence[Adapter], dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor, bool]:
-    """``B_k`` with the scaling, ``A_k``, and whether all ``A_k`` are stored in bfloat16.
-
-    Converted task by task as the files are read, while a processor's cache holds them.
-    """
-    specs = [adapter.modules[name] for adapter in adapters]
-    rank = max(spec.rank for spec in specs)
-    make = torch.empty if all(spec.rank == rank for spec in specs) else torch.zeros
-    ups = make(len(specs), specs[0].d_out, rank, dtype=dtype, device=device)
-    downs = make(len(specs), rank, specs[0].d_in, dtype=dtype, device=device)
-    stored = set()
-    for k, (adapter, spec) in enumerate(zip(adapters, specs, strict=True)):
-        up, down, scaling = adapter.parts(name)
-        ups[k, :, : spec.rank].copy_(up).mul_(scaling)
-        downs[k, : spec.rank].copy_(down)
-        stored.add(down.dtype)
-    return ups, downs, stored == {torch.bfloat16}
 
 
 def principal_directions(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:

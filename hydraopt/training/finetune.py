@@ -47,7 +47,7 @@ from hydraopt.progress import Progress
 from hydraopt.training.checkpoints import MarkCheckpoints, last_whole_checkpoint, step_of
 from hydraopt.training.nuclear_decay import NuclearDecay
 
-TRAINING_VERSION = "1"
+TRAINING_VERSION = "2"
 """Raised whenever the same task and rows would give another adapter."""
 
 _KEPT_CHECKPOINTS = 2  # the last one may be cut short by a kill; then the one before it counts

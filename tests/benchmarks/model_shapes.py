@@ -56,13 +56,14 @@ SHAPES = {
 def write_adapters(model: str, count: int, rank: int, folder: Path) -> list[Path]:
     """Write ``count`` bf16 adapters below ``folder``, reusing those that are there."""
     folders = [folder / f"task-{task:03d}" for task in range(count)]
+    missing = [task for task in range(count) if not (folders[task] / "adapter_model.safetensors").exists()]
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as workers:
-        return list(workers.map(_write_adapter, repeat(model), range(count), repeat(rank), folders))
+        where = [folders[task] for task in missing]
+        list(workers.map(_write_adapter, repeat(model), missing, repeat(rank), where))
+    return folders
 
 
-def _write_adapter(model: str, task: int, rank: int, folder: Path) -> Path:
-    if (folder / "adapter_model.safetensors").exists():
-        return folder
+def _write_adapter(model: str, task: int, rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     layers, shapes = SHAPES[model]
     start = torch.Generator().manual_seed(0)
@@ -87,4 +88,3 @@ def _write_adapter(model: str, task: int, rank: int, folder: Path) -> Path:
     }
     (folder / "adapter_config.json").write_text(json.dumps(config))
     save_file(tensors, folder / "adapter_model.safetensors")
-    return folder

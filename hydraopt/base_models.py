@@ -49,7 +49,7 @@ class LoadedBase(NamedTuple):
 
     model: Any  # a transformers PreTrainedModel, in evaluation mode
     tokenizer: Any  # its PreTrainedTokenizerBase, with a padding token
-    new_layers: tuple[str, ...]  # layers that are not in the base's files and so start random, sorted
+    new_layers: tuple[str, ...]  # layers that start random, for the base's files do not have them so, sorted
 
 
 def base_model_path(name: str) -> str:
@@ -109,28 +109,52 @@ def load_base(
     """
     source = name if revision is not None and name in PACKAGED_MODELS else base_model_path(name)
     local = _is_folder(source)
-    options: dict[str, Any] = {"revision": None if local else revision, "local_files_only": local}
-    head = {"num_labels": num_labels} if task_type == "SEQ_CLS" and num_labels is not None else {}
+    place: dict[str, Any] = {"revision": None if local else revision, "local_files_only": local}
+    options: dict[str, Any] = {}
+    if task_type == "SEQ_CLS":
+        options["problem_type"] = "single_label_classification"  # whatever the base was trained for
+        if num_labels is not None:
+            options["num_labels"] = num_labels
     try:
         if not local:
             _find_on_hub(source, revision)
         with quiet(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(_NEW_LAYER_SEED)
-            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **place)
             model, report = _MODEL_CLASSES[task_type].from_pretrained(
                 source,
                 trust_remote_code=False,
                 use_safetensors=True,
                 dtype=getattr(torch, dtype),
                 output_loading_info=True,
-                **head,
+                ignore_mismatched_sizes=True,  # else it raises and only prints which
                 **options,
+                **place,
             )
     except (OSError, ValueError, KeyError, ImportError, huggingface_hub.errors.HfHubHTTPError) as reason:
         raise TaskFileError(_not_loaded(name, revision, reason)) from reason
     _ensure_padding(model, tokenizer)
-    new = tuple(sorted({key.rsplit(".", 1)[0] for key in report["missing_keys"]}))
+    replaced = _replaced(name, model, task_type, report["mismatched_keys"])
+    new = tuple(sorted({key.rsplit(".", 1)[0] for key in report["missing_keys"] | replaced}))
     return LoadedBase(model.to(resolve_device(device)).eval(), tokenizer, new)
+
+
+def _replaced(
+    name: str, model: Any, task_type: TaskType, mismatched: set[tuple[str, tuple[int, ...], tuple[int, ...]]]
+) -> set[str]:
+    """Tensors of the base's own head for other labels: a classifier of the task's size, new, is in their place."""
+    for key, found, expected in sorted(mismatched):
+        if task_type != "SEQ_CLS" or not is_head(model, key):
+            raise TaskFileError(
+                f"base model {name!r}: its files hold {key!r} of shape {list(found)}, but its config.json calls for "
+                f"{list(expected)}; they do not belong together"
+            )
+    return {key for key, _, _ in mismatched}
+
+
+def is_head(model: Any, path: str) -> bool:
+    """Whether a module or parameter of a transformers model stands on top of its body, as a classifier does."""
+    return not path.startswith(f"{model.base_model_prefix}.")
 
 
 def linear_shape(module: torch.nn.Module) -> tuple[int, int] | None:

@@ -8,9 +8,10 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from hydraopt.precision import LOW_BITS
+from hydraopt.strict_settings import StrictSettings
 
 SOLVER_VERSION = "5"
 """Raised whenever the same adapters and recipe would give a different bundle."""
@@ -31,7 +32,7 @@ ADAPTIVE = ("hydraopt", "separate", "two-sided")
 ONE_FOR_ALL = ("ta", "ties", "dare", "dare-ties")
 """Methods of one update for all tasks, of a given rank: no budget can change its size."""
 
-_METHODS_OF = {
+METHODS_OF = {
     "budget": ("hydraopt", "paper", "separate", "two-sided", "gradient"),
     "max_error": ("hydraopt", "paper", "separate", "two-sided"),
     "rank": ("paper", "separate", "gradient", *ONE_FOR_ALL),
@@ -54,17 +55,14 @@ _DEFAULTS: dict[str, dict[str, str | float]] = {
 """Settings of a method that stand in the recipe whether given or not."""
 
 
-class Recipe(BaseModel):
+class Recipe(StrictSettings):
     """How to merge a set of adapters. The same recipe and adapters always give the same bundle."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     method: Method = Field("hydraopt", description="Which families of factors may be used.")
     budget: float | None = Field(
         None,
         gt=0,
         le=1,
-        strict=True,  # YAML's yes is no 1
         allow_inf_nan=False,
         description="Bundle bytes as a share of the input bytes, in (0, 1].",
     )
@@ -72,7 +70,6 @@ class Recipe(BaseModel):
         None,
         ge=0,
         lt=1,
-        strict=True,
         allow_inf_nan=False,
         description="Bound on the root of the weighted mean squared relative error over the tasks.",
     )
@@ -138,7 +135,7 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _own_settings(self) -> Self:
-        for name, methods in _METHODS_OF.items():
+        for name, methods in METHODS_OF.items():
             if getattr(self, name) is not None and self.method not in methods:
                 raise ValueError(
                     f"{name} is not for the method {self.method!r}, but for {', '.join(methods)}"
@@ -153,7 +150,7 @@ class Recipe(BaseModel):
     def _one_target(self) -> Self:
         targets = {"budget": self.budget, "max_error": self.max_error, "rank": self.rank}
         given = [name for name, value in targets.items() if value is not None]
-        able = [name for name in targets if self.method in _METHODS_OF[name]]
+        able = [name for name in targets if self.method in METHODS_OF[name]]
         if len(given) > 1 or (not given and self.method not in ONE_FOR_ALL):
             raise ValueError(
                 f"give exactly one of {', '.join(able)} for the method {self.method!r}; got {given or 'none'}"

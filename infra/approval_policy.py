@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from hydraopt.errors import RecordError
 from hydraopt.names import check_name
+from hydraopt.strict_settings import StrictSettings
 from infra.records import canonical
 from infra.signatures import key_id, load_public_key
 
@@ -45,10 +46,8 @@ class ApprovalTerms(BaseModel):
         return hashlib.sha256(canonical(self.model_dump(mode="json"))).hexdigest()
 
 
-class ApprovalPolicy(BaseModel):
+class ApprovalPolicy(StrictSettings):
     """Who may approve a bundle, how many must, and how long their word holds."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     needed: int = Field(1, ge=1, le=_MOST, description="Different people who must approve.")
     approvers: tuple[str, ...] | None = Field(

@@ -7,13 +7,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from hydraopt.errors import TaskFileError
 from hydraopt.evaluation.gates import GateRules
 from hydraopt.evaluation.yaml_file import explain, read_yaml
 from hydraopt.names import check_name, check_task_name, slug
 from hydraopt.recipe import MADE_FROM, Recipe
+from hydraopt.strict_settings import StrictSettings
 from infra.approval_policy import ApprovalPolicy
 
 FOLDER = "bundles"
@@ -23,13 +24,11 @@ DEFAULT_BUDGET = 0.25
 _SUFFIXES = {".yaml", ".yml"}
 
 
-class BundleSpec(BaseModel):
+class BundleSpec(StrictSettings):
     """One bundle to keep up to date: what goes in, how it is merged, what it must pass, where it goes.
 
     A file needs no more than ``name`` and ``base_model``.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field(description="Name of the bundle.")
     base_model: str = Field(min_length=1, description="Base model, spelt as the adapters spell it.")

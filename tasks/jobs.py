@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hydraopt.errors import TaskFileError
-from hydraopt.evaluation.result import Evaluation
+from hydraopt.evaluation.result import EVALUATION_RULES, Evaluation
 from hydraopt.evaluation.rows import rows_digest
 from hydraopt.evaluation.task_file import TaskFile
 from infra.adapter_registry import AdapterRegistry
@@ -50,11 +50,12 @@ def recorded_job(settings: Settings, version: AdapterVersion) -> Job | None:
 
 
 def recorded_evaluation(version: AdapterVersion, job: Job) -> Evaluation | None:
-    """The version's own measurement, if it is of this very job."""
+    """The version's own measurement, if it is of this very job and under today's rules."""
     if version.own_evaluation is None or version.task_definition != job.task.definition():
         return None
     evaluation = Evaluation.model_validate(version.own_evaluation)
-    return evaluation if evaluation.data_digest == job.data_digest else None
+    wanted = (job.data_digest, EVALUATION_RULES)
+    return evaluation if (evaluation.data_digest, evaluation.rules) == wanted else None
 
 
 @verb(task_run_name="look up how {task_name} is measured")

@@ -27,7 +27,7 @@ from infra.object_store import ObjectStore
 from infra.settings import Settings
 from tasks.adapters import fetch_version
 from tasks.desired import DesiredSet
-from tasks.jobs import Job, recorded_evaluation, recorded_job
+from tasks.jobs import recorded_evaluation, recorded_job
 from tasks.log_lines import say
 from tasks.store import object_store
 from tasks.verb import progress, verb
@@ -112,16 +112,10 @@ def evaluate_alone(settings: Settings, version: AdapterVersion) -> Evaluation | 
 @verb(task_run_name="evaluate bundle {desired.spec.name}")
 def evaluate_merged(settings: Settings, desired: DesiredSet, folder: Path) -> dict[str, Evaluation]:
     """Every task that has test rows, with the bundle."""
-    jobs = [recorded_job(settings, version) for version in desired.versions.values()]
-    kinds: dict[str, list[Job]] = {}  # one loaded model serves one kind of task
-    for job in jobs:
-        if job is not None:
-            kinds.setdefault(job.task.kind, []).append(job)
-    results: dict[str, Evaluation] = {}
-    for same in kinds.values():
-        rows = {job.task.name: job.rows for job in same}
-        results |= evaluate_bundle_tasks([job.task for job in same], folder, rows=rows, progress=progress)
-    return results
+    found = (recorded_job(settings, version) for version in desired.versions.values())
+    jobs = [job for job in found if job is not None]
+    rows = {job.task.name: job.rows for job in jobs}
+    return evaluate_bundle_tasks([job.task for job in jobs], folder, rows=rows, progress=progress)
 
 
 def _intact(folder: Path, bundle_id: str | None = None) -> bool:

@@ -7,7 +7,7 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,9 +60,7 @@ _DEVICES = ["auto", "cpu", "cuda"]
     metavar="TASKFILE",
     help="Weigh errors by what the base model feeds each module on this task's training rows; may be repeated.",
 )
-@click.option(
-    "--calibrate-rows", type=int, default=64, show_default=True, help="Rows of each --calibrate task."
-)
+@click.option("--calibrate-rows", type=int, help="Rows of each --calibrate task; default 64.")
 @click.option("--method", type=click.Choice(_METHODS), show_default="hydraopt")
 @click.option("--heads", type=int, help="For paper, gradient: number of dense heads; default one per task.")
 @click.option(
@@ -109,7 +107,7 @@ def merge(
     bits: str | None,
     weights: tuple[str, ...],
     calibrate: tuple[Path, ...],
-    calibrate_rows: int,
+    calibrate_rows: int | None,
     **settings: Any,
 ) -> dict[str, Any]:
     """Merge task adapters (PEFT folders) of one base model into one small bundle.
@@ -121,6 +119,7 @@ def merge(
     """
     import hydraopt
 
+    _check_calibration(calibrate, calibrate_rows, settings["method"])
     _collect_seldom()
     start = time.perf_counter()
     with output.progress() as progress, ExitStack() as moments:
@@ -289,7 +288,7 @@ def export(output: Output, bundle: Path, out: Path, task: str | None, profile: s
 @click.option("--adapter", type=click.Path(path_type=Path), help="A PEFT folder.")
 @click.option("--bundle", type=click.Path(path_type=Path), help="A bundle that has the task.")
 @click.option("--device", type=click.Choice(_DEVICES), default="auto", show_default=True)
-@click.option("--limit", type=int, help="Only the first rows.")
+@click.option("--limit", type=int, help="Only so many rows, spread evenly over all.")
 def evaluate(
     output: Output,
     *,
@@ -352,14 +351,29 @@ def _named(arguments: Iterable[str]) -> dict[str, Path]:
     return adapters
 
 
+def _check_calibration(calibrate: Sequence[Path], rows: int | None, method: str | None) -> None:
+    """Refuse what cannot be meant before the base model is loaded."""
+    from hydraopt.recipe import METHODS_OF
+
+    able = METHODS_OF["calibration"]
+    if calibrate and method is not None and method not in able:
+        raise click.UsageError(f"--calibrate is not for --method {method}, but for {', '.join(able)}")
+    if rows is not None and not calibrate:
+        raise click.UsageError(f"--calibrate-rows {rows} without --calibrate: name the task files, too")
+    places = Counter(path.resolve() for path in calibrate)
+    if twice := next((path for path in calibrate if places[path.resolve()] > 1), None):
+        raise click.UsageError(f"--calibrate {twice} is given twice; its rows would count twice")
+
+
 def _second_moments(
-    calibrate: Iterable[Path], named: dict[str, Path], rows: int, device: str, progress: Progress
+    calibrate: Iterable[Path], named: dict[str, Path], rows: int | None, device: str, progress: Progress
 ) -> AbstractContextManager[SecondMoments]:
     """What the base model feeds the adapted modules on the training rows of these tasks."""
     import hydraopt
-    from hydraopt.evaluation.calibration import second_moments
+    from hydraopt.evaluation.calibration import ROWS, second_moments
     from hydraopt.evaluation.task_file import TaskFile
 
+    rows = ROWS if rows is None else rows
     tasks = [TaskFile.load(path) for path in calibrate]
     adapters = {task: hydraopt.read_adapter(folder) for task, folder in named.items()}
     return second_moments(tasks, adapters, rows=rows, device=device, progress=progress)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from hydraopt.bundle.attach_prompts import attach_prompts
 from hydraopt.bundle.attach_vera import attach_vera
 from hydraopt.bundle.chains import Chain, pair
 from hydraopt.bundle.contents import Bundle
+from hydraopt.bundle.layout import ModuleEntry
 from hydraopt.bundle.lora_folder import lora_chains, lora_settings, name_tails
 from hydraopt.bundle.stored_rows import read_once
 from hydraopt.errors import BundleError
@@ -45,42 +46,57 @@ class LowRankHead(nn.Module):
         return nn.functional.linear(nn.functional.linear(x, self.inner), self.up)
 
 
-def attach(bundle: Bundle, base_model: nn.Module, *, packed: bool = False) -> PeftModel:
-    """Put every task of a bundle into a base model.
+def attach(
+    bundle: Bundle, base_model: nn.Module, *, tasks: Sequence[str] | None = None, packed: bool = False
+) -> PeftModel:
+    """Put the tasks of a bundle into a base model.
 
     Args:
-        bundle: The merged set: of LoRA, DoRA and AdaLoRA tasks, or of VeRA tasks, or of prompts of one kind. PEFT
-            cannot hold a mixture of these in one model.
+        bundle: The merged set.
         base_model: A transformers model of the bundle's base. It is changed in place, as PEFT does.
+        tasks: Names of those to put in, at least one; None for all. They are of LoRA, DoRA and AdaLoRA, or of VeRA, or
+            prompts of one kind: PEFT cannot hold a mixture of these in one model.
         packed: Keep the factors in memory as they are stored, in few bits, and read them back module by module at every
             pass: less memory, more time. For linear layers.
 
     Returns:
-        A PeftModel in eval mode; ``set_adapter(task)`` switches. All tasks' ``lora_A`` of one module are the same
-        Parameter. Tensors take the dtype and device of the base model's weights.
+        A PeftModel in eval mode with the first of the tasks active; ``set_adapter(task)`` switches. All tasks'
+        ``lora_A`` of one module are the same Parameter. Tensors take the dtype and device of the base model's weights.
 
     Raises:
-        BundleError: If the tasks do not fit into one model, or the base model lacks a module of the bundle or has it
-            in another size.
+        BundleError: If there is no such task, the tasks do not fit into one model, or the base model lacks a module
+            that they update or has it in another size.
     """
-    model: Any = _attach_for(bundle)(bundle, base_model)
+    names = bundle.task_names if tasks is None else tuple(dict.fromkeys(tasks))
+    if not names:
+        raise BundleError("no task to attach; name at least one, or leave tasks out for all")
+    bundle.modules_of(names)  # a name that is not there is refused before the model is touched
+    model: Any = _attach_for(bundle, names)(bundle, base_model, names)
     if packed:
-        pack(bundle, model)
+        pack(bundle, model, names)
     model.requires_grad_(requires_grad=False)
-    model.set_adapter(bundle.task_names[0])
+    model.set_adapter(names[0])
     model.requires_grad_(requires_grad=False)
     return model.eval()
 
 
-def _attach_for(bundle: Bundle) -> Callable[[Bundle, nn.Module], PeftModel]:
+def attached_kind(bundle: Bundle, task: str) -> str:
+    """PEFT's kind of adapter that a task is attached as: tasks of one kind fit into one model."""
+    kind = bundle.manifest.tasks[task].kind
+    return "LORA" if kind in LORA_KINDS else kind
+
+
+def _attach_for(
+    bundle: Bundle, tasks: Sequence[str]
+) -> Callable[[Bundle, nn.Module, Sequence[str]], PeftModel]:
     kinds: dict[str, str] = {}
-    for task in bundle.task_names:
-        kind = bundle.manifest.tasks[task].kind
-        kinds.setdefault("LORA" if kind in LORA_KINDS else kind, task)
+    for task in tasks:
+        kinds.setdefault(attached_kind(bundle, task), task)
     if len(kinds) > 1:
         named = " and ".join(f"{kind} (task {task!r})" for kind, task in kinds.items())
         raise BundleError(
-            f"the bundle holds {named}, which one model cannot hold together; export the tasks and load them apart"
+            f"the tasks are {named}, which one model cannot hold together; attach those of each to a model of their "
+            "own, with tasks=[...]"
         )
     kind = next(iter(kinds))
     if kind == "VERA":
@@ -88,14 +104,15 @@ def _attach_for(bundle: Bundle) -> Callable[[Bundle, nn.Module], PeftModel]:
     return attach_prompts if kind in PROMPT_KINDS else _attach_lora
 
 
-def _attach_lora(bundle: Bundle, base_model: nn.Module) -> PeftModel:
-    _check_modules(bundle, base_model)
-    _check_replaced(bundle)
-    shared_rows = _shared_rows(bundle, base_model)
+def _attach_lora(bundle: Bundle, base_model: nn.Module, tasks: Sequence[str]) -> PeftModel:
+    modules = bundle.modules_of(tasks)
+    _check_modules(bundle, modules, base_model)
+    _check_replaced(bundle, modules, tasks)
+    shared_rows = _shared_rows(bundle, modules, base_model)
     read_shared = read_once()
     tails = name_tails(name for name, _ in base_model.named_modules())
     model: Any = None
-    for task in bundle.task_names:
+    for task in tasks:
         chains = lora_chains(bundle, task, read_shared)
         settings = lora_settings(bundle, task, chains)
         if not tails.isdisjoint(chains):  # a list would give modules whose names end alike an update, too
@@ -111,9 +128,9 @@ def _attach_lora(bundle: Bundle, base_model: nn.Module) -> PeftModel:
     return model
 
 
-def _check_modules(bundle: Bundle, base_model: nn.Module) -> None:
+def _check_modules(bundle: Bundle, modules: Sequence[ModuleEntry], base_model: nn.Module) -> None:
     found = dict(base_model.named_modules())
-    for module in bundle.manifest.modules:
+    for module in modules:
         weight = getattr(found.get(module.name), "weight", None)
         if weight is None:
             raise BundleError(
@@ -127,14 +144,12 @@ def _check_modules(bundle: Bundle, base_model: nn.Module) -> None:
             )
 
 
-def _check_replaced(bundle: Bundle) -> None:
+def _check_replaced(bundle: Bundle, modules: Sequence[ModuleEntry], tasks: Sequence[str]) -> None:
     """One model cannot hold a layer that one task replaces whole and another updates."""
-    for other in bundle.task_names:
+    for other in tasks:
         for name in bundle.manifest.tasks[other].saved_modules:
-            hit = [
-                module.name for module in bundle.manifest.modules if is_saved(f"{module.name}.weight", name)
-            ]
-            for task in bundle.task_names if hit else ():
+            hit = [module.name for module in modules if is_saved(f"{module.name}.weight", name)]
+            for task in tasks if hit else ():
                 if set(hit) & set(bundle.factors(task)):
                     raise BundleError(
                         f"task {other!r} replaces {name!r} whole and task {task!r} updates it; one model cannot hold "
@@ -142,11 +157,15 @@ def _check_replaced(bundle: Bundle) -> None:
                     )
 
 
-def _shared_rows(bundle: Bundle, base_model: nn.Module) -> dict[str, nn.Parameter]:
+def _shared_rows(
+    bundle: Bundle, modules: Sequence[ModuleEntry], base_model: nn.Module
+) -> dict[str, nn.Parameter]:
     """A' of every module that has one, as the one Parameter all tasks will use."""
+    updated = {module.name for module in modules}
     return {
         name: _parameter(rows, base_model.get_submodule(name).weight)
         for name, rows in bundle.shared_rows().items()
+        if name in updated
     }
 
 

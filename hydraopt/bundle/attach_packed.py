@@ -66,23 +66,24 @@ class PackedChain(nn.Module):
         return x
 
 
-def pack(bundle: Bundle, model: nn.Module) -> None:
-    """Replace the factors of an attached bundle by their stored bytes.
+def pack(bundle: Bundle, model: nn.Module, tasks: Sequence[str]) -> None:
+    """Replace the factors of attached tasks by their stored bytes.
 
     Args:
         bundle: What was attached.
         model: The PeftModel; changed in place. A module's shared factors are in memory once.
+        tasks: The tasks that were attached.
 
     Raises:
-        BundleError: If the bundle holds anything but updates of linear layers.
+        BundleError: If the tasks update anything but linear layers.
     """
-    for module in bundle.manifest.modules:
+    for module in bundle.modules_of(tasks):
         if module.layer != "linear":
             raise BundleError(
                 f"module {module.name!r} is of the kind {module.layer!r}, which cannot stay packed; attach without"
             )
     held: dict[int, PackedRows] = {}
-    for task in bundle.task_names:
+    for task in tasks:
         for name, links in bundle.links(task).items():
             layer: Any = model.get_submodule(PREFIX + name)
             like = layer.get_base_layer().weight

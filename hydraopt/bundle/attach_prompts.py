@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from peft import PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
@@ -14,10 +15,10 @@ from hydraopt.bundle.prompt_folder import prompt_matrix, prompt_settings
 _CONFIGS = {"PROMPT_TUNING": PromptTuningConfig, "PREFIX_TUNING": PrefixTuningConfig}
 
 
-def attach_prompts(bundle: Bundle, base_model: nn.Module) -> PeftModel:
-    """Put every task of a bundle of prompts of one kind into a base model."""
+def attach_prompts(bundle: Bundle, base_model: nn.Module, tasks: Sequence[str]) -> PeftModel:
+    """Put tasks of a bundle, prompts of one kind, into a base model."""
     model: Any = None
-    for task in bundle.task_names:
+    for task in tasks:
         config = _CONFIGS[bundle.manifest.tasks[task].kind](**prompt_settings(bundle, task))
         if model is None:
             model = get_peft_model(base_model, config, adapter_name=task)

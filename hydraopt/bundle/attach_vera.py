@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from peft import PeftModel, VeraConfig, get_peft_model
@@ -15,23 +16,23 @@ from hydraopt.bundle.contents import Bundle
 from hydraopt.bundle.vera_folder import Shapes, vera_projections, vera_settings, vera_vectors
 
 
-def attach_vera(bundle: Bundle, base_model: nn.Module) -> PeftModel:
-    """Put every task of a bundle of VeRA tasks into a base model.
+def attach_vera(bundle: Bundle, base_model: nn.Module, tasks: Sequence[str]) -> PeftModel:
+    """Put VeRA tasks of a bundle into a base model.
 
     Each task gets the projections it was trained with: PEFT would give all of them those of the first, which are of
     another size where the targets differ.
 
     Raises:
-        BundleError: If the base model lacks a layer of the bundle or has it in another size.
+        BundleError: If the base model lacks a layer of the tasks or has it in another size.
     """
     shapes: Shapes = {
         name: shape
         for name, module in base_model.named_modules()
         if (shape := linear_shape(module)) is not None
     }
-    drawn = _projections(bundle, shapes)
+    drawn = _projections(bundle, tasks, shapes)
     model: Any = None
-    for task in bundle.task_names:
+    for task in tasks:
         config = VeraConfig(**vera_settings(bundle, task))
         if model is None:
             model = get_peft_model(base_model, config, adapter_name=task)
@@ -46,11 +47,11 @@ def attach_vera(bundle: Bundle, base_model: nn.Module) -> PeftModel:
     return model
 
 
-def _projections(bundle: Bundle, shapes: Shapes) -> dict[str, tuple[Tensor, Tensor]]:
-    """The projections of every task, equal ones as the same tensors."""
+def _projections(bundle: Bundle, tasks: Sequence[str], shapes: Shapes) -> dict[str, tuple[Tensor, Tensor]]:
+    """The projections of each task, equal ones as the same tensors."""
     kept: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
     drawn = {}
-    for task in bundle.task_names:
+    for task in tasks:
         a, b = vera_projections(bundle, task, shapes)
         # The key and r are the same for all tasks of a bundle: the sizes tell projections apart.
         drawn[task] = kept.setdefault((a.shape[1], b.shape[0]), (a, b))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -192,6 +192,19 @@ class Bundle:
         bits = self.manifest.precisions
         return [(module, shared.take(shared_blocks(module, bits))) for module in self.manifest.modules]
 
+    def modules_of(self, tasks: Iterable[str]) -> list[ModuleEntry]:
+        """The modules that at least one of some tasks updates.
+
+        Raises:
+            BundleError: If there is no such task.
+        """
+        indices = [self._index(task) for task in tasks]
+        return [
+            module
+            for module in self.manifest.modules
+            if any(module.heads[index] is not None for index in indices)
+        ]
+
     def shared_bytes(self) -> dict[str, Tensor]:
         """What all tasks share, per module, as bytes: views of the shared file's flat tensor."""
         parts, start = {}, 0
@@ -268,11 +281,13 @@ class Bundle:
         bundle.files = {name: file for name, (_, file) in read.items()}
         return bundle
 
-    def attach(self, base_model: PreTrainedModel, *, packed: bool = False) -> PeftModel:
+    def attach(
+        self, base_model: PreTrainedModel, *, tasks: Sequence[str] | None = None, packed: bool = False
+    ) -> PeftModel:
         """The base model with one PEFT adapter per task; see :func:`hydraopt.bundle.attach.attach`."""
         from hydraopt.bundle.attach import attach  # noqa: PLC0415 - PEFT takes seconds to import
 
-        return attach(self, base_model, packed=packed)
+        return attach(self, base_model, tasks=tasks, packed=packed)
 
     def export(self, out: str | Path, task: str | None = None, profile: str = "peft") -> dict[str, Path]:
         """Write ordinary PEFT folders; see :func:`hydraopt.bundle.export.export`."""

@@ -21,7 +21,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hydraopt.adapters import Adapter
-from hydraopt.base_models import TaskType, generation_task_type, load_base, quiet, resolve_device
+from hydraopt.base_models import (
+    TaskType,
+    generation_task_type,
+    linear_shapes,
+    load_base,
+    quiet,
+    resolve_device,
+)
 from hydraopt.errors import TaskFileError
 from hydraopt.evaluation.encoding import encoded_rows
 from hydraopt.evaluation.evaluate import check_base
@@ -37,7 +44,7 @@ PASS_BYTES = 1 << 30
 """Moments held in memory at once."""
 
 _BATCH_TOKENS = 1024  # a language model gives out a number per token and word of its vocabulary
-_VERSION = "1"  # raised whenever the same rows would give other moments
+_VERSION = "2"  # raised whenever the same rows would give other moments
 
 Batches = list[dict[str, Tensor]]
 
@@ -83,7 +90,8 @@ def second_moments(
         if module.layer == "linear"
     }
     with tempfile.TemporaryDirectory(prefix="hydraopt-calibration-") as folder:
-        files = _collect(chosen, sizes, Path(folder), resolve_device(device), progress)
+        models = _models(chosen, adapters, resolve_device(device))
+        files = _collect(models, sizes, Path(folder), progress)
         yield SecondMoments(files, _digest(chosen))
 
 
@@ -110,23 +118,37 @@ def _digest(chosen: Sequence[tuple[TaskFile, list[Row]]]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
+def _models(
+    chosen: Sequence[tuple[TaskFile, list[Row]]], adapters: Mapping[str, Adapter], device: str
+) -> list[tuple[Any, Batches]]:
+    """A base model of each kind with what it will read; every adapter must fit the model of its own kind."""
+    models = {kind: _load(kind, same, device) for kind, same in _by_kind(chosen).items()}
+    base = chosen[0][0]
+    layers: dict[str | None, set[str]] = {
+        kind: {name for name, _ in model.named_modules()} for kind, (model, _) in models.items()
+    }
+    for task, adapter in adapters.items():
+        if adapter.task_type not in layers:  # a kind that no row is for: its layers may have other names
+            layers[adapter.task_type] = set(linear_shapes(base.base_model, base.revision, adapter.task_type))
+        for name, module in sorted(adapter.modules.items()):
+            if module.layer == "linear" and name not in layers[adapter.task_type]:
+                raise TaskFileError(
+                    f"the base model {base.base_model!r} has no module {name!r}, which adapter {task!r} updates"
+                )
+    return list(models.values())
+
+
 def _collect(
-    chosen: Sequence[tuple[TaskFile, list[Row]]],
+    models: Sequence[tuple[Any, Batches]],
     sizes: Mapping[str, int],
     folder: Path,
-    device: str,
     progress: Progress | None,
 ) -> dict[str, Path]:
     """Write the moments of every module that was reached; the file of each."""
-    models = [_load(kind, same, device) for kind, same in _by_kind(chosen).items()]
-    if lost := sorted(name for name in sizes if not any(_has(model, name) for model, _ in models)):
-        raise TaskFileError(
-            f"the base model {chosen[0][0].base_model!r} has no module {lost[0]!r}, which an adapter updates"
-        )
     files: dict[str, Path] = {}
     passes = _passes(sizes)
     for number, names in enumerate(passes):
-        sums = {name: _Sum(sizes[name], device) for name in names}
+        sums = {name: _Sum(sizes[name], models[0][0].device) for name in names}
         for model, batches in models:
             _run(model, batches, sums)
         path = folder / f"{number:04d}.safetensors"
@@ -196,7 +218,7 @@ def _dtype(size: int) -> torch.dtype:
 class _Sum:
     """``sum_t x_t x_t^T``, ``sum_t |x_t|^4`` and the number of tokens of one module's inputs."""
 
-    def __init__(self, size: int, device: str) -> None:
+    def __init__(self, size: int, device: torch.device) -> None:
         self.squares = torch.zeros(size, size, dtype=_dtype(size), device=device)
         self.fourth = 0.0
         self.tokens = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from hydraopt.errors import TaskFileError
 from hydraopt.evaluation.rows import Row
 from hydraopt.evaluation.task_file import TaskFile
 
@@ -12,23 +13,84 @@ IGNORED = -100
 """The label torch's cross-entropy skips."""
 
 
-def input_limit(model: Any, tokenizer: Any, asked: int, *, reserved: int = 0) -> int:
+def input_limit(task: TaskFile, model: Any, tokenizer: Any) -> int:
     """Longest input in tokens: what the task asks for, within what the model and the tokenizer take.
 
     Args:
-        model: Its configuration may name the number of positions.
+        task: Its ``max_length``, and for a decoder its ``max_new_tokens``, for which positions are kept free.
+        model: A transformers or PEFT model; its configuration may name the number of positions, of which virtual
+            tokens take some.
         tokenizer: May name a longest input.
-        asked: The task's ``max_length``.
-        reserved: Positions a decoder needs for its answer.
+
+    Raises:
+        TaskFileError: If the model has too few positions for virtual tokens or for the task's answers.
     """
+    asked = int(min(task.max_length, tokenizer.model_max_length))
+    positions = _positions(model)
+    if positions is None:
+        return asked
+    positions -= virtual_tokens(model)
+    if positions < 1:
+        raise TaskFileError(
+            f"task {task.name!r}: the adapter's {virtual_tokens(model)} virtual tokens leave no position of the base "
+            f"model {task.base_model!r} for a text"
+        )
+    if task.kind == "classification":
+        return min(asked, positions)
+    decoder = not model.config.is_encoder_decoder
+    answer = task.max_new_tokens + (forced_start(model) is not None)
+    if positions < answer + decoder:
+        raise TaskFileError(
+            f"task {task.name!r}: max_new_tokens is {task.max_new_tokens}, but the base model {task.base_model!r} has "
+            f"only {positions} positions{' for prompt and answer' if decoder else ''}; lower it"
+        )
+    return min(asked, positions - answer if decoder else positions)
+
+
+def forced_start(model: Any) -> int | None:
+    """The token that every answer of an encoder-decoder begins with: a language's for mBART, ``<s>`` for BART."""
+    if not model.config.is_encoder_decoder:
+        return None
+    token = model.generation_config.forced_bos_token_id
+    return None if token is None else int(token)
+
+
+def virtual_tokens(model: Any) -> int:
+    """How many virtual tokens the active adapter puts before every input."""
+    config: Any = getattr(model, "active_peft_config", None)
+    return int(config.num_virtual_tokens) if config is not None and config.is_prompt_learning else 0
+
+
+def _positions(model: Any) -> int | None:
+    """How many tokens the model's position embeddings are for, or None if they are for any number."""
     positions = getattr(model.config, "max_position_embeddings", None)
-    room = positions - reserved if isinstance(positions, int) and positions > reserved else asked
-    return int(min(asked, room, tokenizer.model_max_length))
+    if not isinstance(positions, int) or positions < 1:
+        return None
+    for name, table in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(table, "padding_idx", None) is not None:
+            return positions - int(table.padding_idx) - 1  # RoBERTa and its kin count from behind the padding's
+    return positions
 
 
-def classification_example(tokenizer: Any, text: str, limit: int) -> dict[str, Any]:
-    """What the tokenizer gives for a text, special tokens included, cut to ``limit`` tokens."""
-    return dict(tokenizer(text, truncation=True, max_length=limit))
+def classification_examples(
+    task: TaskFile, model: Any, tokenizer: Any, rows: Sequence[Row]
+) -> list[dict[str, Any]]:
+    """What the model reads to classify each row: what the tokenizer gives, special tokens included, cut to fit.
+
+    Raises:
+        TaskFileError: If a text holds what the model takes for its end.
+    """
+    limit = input_limit(task, model, tokenizer)
+    examples = [dict(tokenizer(row["text"], truncation=True, max_length=limit)) for row in rows]
+    if model.config.is_encoder_decoder:  # such a classifier looks at the one end token of each text
+        end = model.config.eos_token_id
+        for index, example in enumerate(examples):
+            if (ends := example["input_ids"].count(end)) != 1:
+                raise TaskFileError(
+                    f"task {task.name!r}, row {index}: {ends} end tokens, {tokenizer.convert_ids_to_tokens(end)!r}; "
+                    f"{task.base_model!r} classifies by the one at the end of a text, so none may be inside"
+                )
+    return examples
 
 
 def prompt_ids(tokenizer: Any, template: str, text: str, limit: int, *, decoder: bool) -> list[int]:
@@ -50,17 +112,28 @@ def prompt_ids(tokenizer: Any, template: str, text: str, limit: int, *, decoder:
 
 
 def training_example(
-    tokenizer: Any, template: str, text: str, answer: str, *, limit: int, answer_limit: int, decoder: bool
+    tokenizer: Any,
+    template: str,
+    text: str,
+    answer: str,
+    *,
+    limit: int,
+    answer_limit: int,
+    decoder: bool,
+    start: int | None = None,
 ) -> dict[str, list[int]]:
     """``input_ids``, ``attention_mask`` and ``labels`` to learn ``answer`` from the prompt.
 
     For a decoder the answer follows the prompt and only the answer is learnt; for an encoder-decoder the
-    two are separate. The answer ends with the end token, or the model would not learn to stop.
+    two are separate, and ``start`` is the token its answers begin with. The answer ends with the end token where
+    there is room for it, or the model would not learn to stop.
     """
     prompt = prompt_ids(tokenizer, template, text, limit, decoder=decoder)
-    target = list(tokenizer(answer, add_special_tokens=False)["input_ids"])[: answer_limit - 1]
-    if tokenizer.eos_token_id is not None:
+    target = list(tokenizer(answer, add_special_tokens=False)["input_ids"])[:answer_limit]
+    if tokenizer.eos_token_id is not None and len(target) < answer_limit:
         target.append(tokenizer.eos_token_id)
+    if start is not None:
+        target.insert(0, start)
     ids = prompt + target if decoder else prompt
     labels = [IGNORED] * len(prompt) + target if decoder else target
     return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
@@ -74,16 +147,18 @@ def encoded_rows(task: TaskFile, model: Any, tokenizer: Any, rows: Sequence[Row]
         model: A model of the task's kind.
         tokenizer: Its tokenizer.
         rows: Canonical rows.
+
+    Raises:
+        TaskFileError: If the answers, or a text, do not fit the model.
     """
     decoder = not model.config.is_encoder_decoder
     if task.kind == "classification":
-        limit = input_limit(model, tokenizer, task.max_length)
         numbers = {label: index for index, label in enumerate(task.labels)}
+        examples = classification_examples(task, model, tokenizer, rows)
         return [
-            classification_example(tokenizer, row["text"], limit) | {"labels": numbers[row["label"]]}
-            for row in rows
+            example | {"labels": numbers[row["label"]]} for example, row in zip(examples, rows, strict=True)
         ]
-    limit = input_limit(model, tokenizer, task.max_length, reserved=task.max_new_tokens if decoder else 0)
+    limit, start = input_limit(task, model, tokenizer), forced_start(model)
     return [
         training_example(
             tokenizer,
@@ -93,6 +168,7 @@ def encoded_rows(task: TaskFile, model: Any, tokenizer: Any, rows: Sequence[Row]
             limit=limit,
             answer_limit=task.max_new_tokens,
             decoder=decoder,
+            start=start,
         )
         for row in rows
     ]

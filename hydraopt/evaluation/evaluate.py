@@ -7,7 +7,7 @@ on its own.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,10 @@ import torch
 from peft import PeftModel
 
 from hydraopt.adapters import Adapter, read_adapter
+from hydraopt.adapters.kinds import PROMPT_KINDS
+from hydraopt.adapters.module import PREFIX, AdapterModule
+from hydraopt.adapters.prompts import PROMPT_PREFIX
+from hydraopt.adapters.vera import LAMBDA_B, layer_name
 from hydraopt.base_models import (
     LoadedBase,
     TaskType,
@@ -25,15 +29,14 @@ from hydraopt.base_models import (
     resolve_device,
 )
 from hydraopt.bundle import Bundle
-from hydraopt.errors import AdapterFormatError, TaskFileError
+from hydraopt.bundle.attach import attached_kind
+from hydraopt.errors import AdapterFormatError, BundleError, TaskFileError
 from hydraopt.evaluation.metrics import score_labels, score_texts
 from hydraopt.evaluation.predict import predict_labels, predict_texts
-from hydraopt.evaluation.result import Evaluation
+from hydraopt.evaluation.result import EVALUATION_RULES, Evaluation
 from hydraopt.evaluation.rows import Row, references, rows_digest
 from hydraopt.evaluation.task_file import TaskFile
 from hydraopt.progress import Progress
-
-_PEFT_PREFIX = "base_model.model."
 
 
 def evaluate_adapter(
@@ -100,10 +103,10 @@ def evaluate_bundle_tasks(
     batch_size: int = 32,
     progress: Progress | None = None,
 ) -> dict[str, Evaluation]:
-    """Score a bundle on several of its tasks, with the base model loaded and the bundle attached once.
+    """Score a bundle on several of its tasks. Those that fit into one model share a loaded base model.
 
     Args:
-        tasks: One or more tasks of the bundle, all of one kind.
+        tasks: Tasks of the bundle.
         bundle: A ``hydraopt.Bundle`` or the folder of one.
         rows: Rows by task name, to use instead of the tasks' test rows.
         device: "auto", "cpu" or "cuda".
@@ -116,22 +119,21 @@ def evaluate_bundle_tasks(
 
     Raises:
         TaskFileError: If a task is not in the bundle or was made for another base model, or rows are unusable.
-        BundleError: If the bundle is damaged.
+        BundleError: If the bundle is damaged, or a task brings no head and the base model has none either.
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle.load(Path(bundle))
-    if not tasks:
-        return {}
-    task_type = _shared_task_type(tasks, opened)
+    together = _fitting_together(tasks, opened)
     chosen = {task.name: _choose_rows(task, (rows or {}).get(task.name), limit) for task in tasks}
-    first, target = tasks[0], resolve_device(device)
-    base = load_base(first.base_model, first.revision, task_type, num_labels=len(first.labels) or None)
-    model: Any = opened.attach(base.model).to(target)
+    target = resolve_device(device)
     results = {}
-    for task in tasks:
-        model.set_adapter(task.name)
-        results[task.name] = evaluate_model(
-            task, model, base.tokenizer, chosen[task.name], batch_size=batch_size, progress=progress
-        )
+    for (task_type, _, _), same in together.items():
+        for model, tokenizer, attached in _attached(same, opened, task_type):
+            model.to(target)
+            for task in attached:
+                model.set_adapter(task.name)
+                results[task.name] = evaluate_model(
+                    task, model, tokenizer, chosen[task.name], batch_size=batch_size, progress=progress
+                )
     return results
 
 
@@ -178,6 +180,7 @@ def evaluate_model(
         samples=len(rows),
         metrics={name: score.value for name, score in scores.items()} | {"without_output": silent},
         data_digest=rows_digest(rows),
+        rules=EVALUATION_RULES,
     )
 
 
@@ -202,9 +205,11 @@ def _task_type(task: TaskFile, of_adapter: str | None) -> TaskType:
     return wanted
 
 
-def _shared_task_type(tasks: Sequence[TaskFile], bundle: Bundle) -> TaskType:
-    """The one kind of model all the tasks run on."""
-    types = set()
+def _fitting_together(
+    tasks: Sequence[TaskFile], bundle: Bundle
+) -> dict[tuple[TaskType, str, int], list[TaskFile]]:
+    """The tasks by kind of model, kind of adapter and, where the base model's own head is used, number of labels."""
+    together: dict[tuple[TaskType, str, int], list[TaskFile]] = {}
     for task in tasks:
         entry = bundle.manifest.tasks.get(task.name)
         if entry is None:
@@ -213,12 +218,10 @@ def _shared_task_type(tasks: Sequence[TaskFile], bundle: Bundle) -> TaskType:
             )
         base = bundle.manifest.base_model
         check_base(task, base.name, base.revision, "the bundle")
-        types.add(_task_type(task, entry.task_type))
-    if len(types) > 1:
-        raise TaskFileError(
-            f"tasks of several kinds ({', '.join(sorted(types))}) cannot share a loaded model"
-        )
-    return types.pop()
+        labels = 0 if entry.saved_modules else len(task.labels)
+        key = _task_type(task, entry.task_type), attached_kind(bundle, task.name), labels
+        together.setdefault(key, []).append(task)
+    return together
 
 
 def check_base(task: TaskFile, base_model: str, revision: str | None, what: str) -> None:
@@ -242,32 +245,83 @@ def check_base(task: TaskFile, base_model: str, revision: str | None, what: str)
         )
 
 
+def _attached(
+    tasks: Sequence[TaskFile], bundle: Bundle, task_type: TaskType
+) -> Iterator[tuple[Any, Any, Sequence[TaskFile]]]:
+    """Models with their tokenizers and the tasks attached to each: one model, or one a task if they exclude another."""
+    first = tasks[0]
+    base = load_base(first.base_model, first.revision, task_type, num_labels=len(first.labels) or None)
+    for task in tasks:
+        brought = _layers(bundle.extras(task.name), bundle.manifest.tasks[task.name].kind)
+        if missing := [layer for layer in base.new_layers if layer not in brought]:
+            raise BundleError(f"the bundle's task {task.name!r}: {_random(task, missing)}")
+    try:
+        model = bundle.attach(base.model, tasks=[task.name for task in tasks])
+    except BundleError:
+        if len(tasks) == 1:
+            raise
+        for task in tasks:
+            yield from _attached([task], bundle, task_type)
+    else:
+        yield model, base.tokenizer, tasks
+
+
 def _check_layers(adapter: Adapter, base: LoadedBase, task: TaskFile) -> None:
     """Whether every tensor of the adapter has its place, and every layer the base lacks is in the adapter."""
-    modules = dict(base.model.named_modules())
     parameters = {name: tuple(value.shape) for name, value in base.model.named_parameters()}
     for name, module in adapter.modules.items():
-        weight = parameters.get(f"{name}.weight")
-        if name not in modules or weight is None or sorted(weight) != sorted((module.d_out, module.d_in)):
+        layer = layer_name(name)
+        weight = parameters.get(f"{layer}.weight")
+        if module.layer == "prompt":
+            _check_prompt(adapter, base, task)
+        elif weight is None or not _fits(module, weight):
+            size = f"{module.d_in} outputs" if module.layer == "vector" else f"{module.d_out} x {module.d_in}"
             raise AdapterFormatError(
-                f"{adapter.folder}: it updates {name!r} of size {module.d_out} x {module.d_in}, but the base "
-                f"model {task.base_model!r} has {'no such layer' if weight is None else f'one of {weight}'}"
+                f"{adapter.folder}: it updates {layer!r} of size {size}, but the base model {task.base_model!r} has "
+                f"{'no such layer' if weight is None else f'one of {weight}'}"
             )
-    brought = set()
     for tensor in adapter.extras:
-        name = tensor.removeprefix(_PEFT_PREFIX)
+        name = _base_name(tensor, adapter.kind)
         shape = adapter.file.entries[tensor].shape
-        brought.add(name.rsplit(".", 1)[0])
         if parameters.get(name, shape) != shape:
             raise TaskFileError(
                 f"{adapter.folder}: its layer {name!r} has shape {list(shape)}, but task {task.name!r} with "
                 f"{len(task.labels)} labels needs {list(parameters[name])}"
             )
+    brought = _layers(adapter.extras, adapter.kind)
     if missing := [layer for layer in base.new_layers if layer not in brought]:
+        raise AdapterFormatError(f"{adapter.folder}: {_random(task, missing)}")
+
+
+def _fits(module: AdapterModule, weight: tuple[int, ...]) -> bool:
+    if module.layer == "vector":  # of VeRA's two vectors one is as long as the layer has outputs
+        return not module.name.endswith(LAMBDA_B) or module.d_in in weight
+    return sorted(weight) == sorted((module.d_out, module.d_in))
+
+
+def _check_prompt(adapter: Adapter, base: LoadedBase, task: TaskFile) -> None:
+    width, found = base.model.get_input_embeddings().embedding_dim, adapter.settings["token_dim"]
+    if adapter.kind == "PROMPT_TUNING" and found != width:
         raise AdapterFormatError(
-            f"{adapter.folder}: the base model {task.base_model!r} has no weights for {missing} and the adapter "
-            "brings none, so its results would be random. Save it with these layers in modules_to_save."
+            f"{adapter.folder}: its virtual tokens are {found} wide, but the embeddings of the base model "
+            f"{task.base_model!r} are {width}"
         )
+
+
+def _base_name(tensor: str, kind: str) -> str:
+    """The name in the base model of a tensor that an adapter carries whole."""
+    return tensor.removeprefix(PROMPT_PREFIX if kind in PROMPT_KINDS else PREFIX)
+
+
+def _layers(extras: Iterable[str], kind: str) -> set[str]:
+    return {_base_name(tensor, kind).rsplit(".", 1)[0] for tensor in extras}
+
+
+def _random(task: TaskFile, missing: Sequence[str]) -> str:
+    return (
+        f"the base model {task.base_model!r} has no weights for {list(missing)} and the adapter brings none, so its "
+        "results would be random. Save it with these layers in modules_to_save."
+    )
 
 
 def _load_adapter(model: Any, adapter: Adapter) -> Any:
@@ -278,7 +332,7 @@ def _load_adapter(model: Any, adapter: Adapter) -> Any:
         warnings.filterwarnings("error", message="Found missing adapter keys")
         try:
             return PeftModel.from_pretrained(model, str(adapter.folder), torch_device="cpu").eval()
-        except (RuntimeError, ValueError, UserWarning) as reason:
+        except (RuntimeError, ValueError, KeyError, UserWarning) as reason:
             raise AdapterFormatError(
                 f"{adapter.folder}: PEFT cannot put it on its base model: {str(reason).splitlines()[0]}"
             ) from reason

@@ -11,21 +11,18 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from hydraopt.errors import TaskFileError
 from hydraopt.evaluation.result import Evaluation
 from hydraopt.evaluation.yaml_file import explain, read_yaml
+from hydraopt.strict_settings import StrictSettings
 
 # 100 * (0.8 - 0.76) / 0.8 is 5.000000000000004: a limit met exactly must not fail by rounding.
 _ROUNDING = 1e-9
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class TaskRules(_Strict):
+class TaskRules(StrictSettings):
     """Other limits for one task."""
 
     max_drop_percent: float | None = Field(
@@ -34,7 +31,7 @@ class TaskRules(_Strict):
     min_samples: int | None = Field(None, ge=1, description="Instead of the common min_samples.")
 
 
-class GateRules(_Strict):
+class GateRules(StrictSettings):
     """What a bundle must keep to. A drop is relative: 5 means that 95 % of the own adapter's score is left."""
 
     max_storage_ratio: float = Field(
@@ -62,7 +59,7 @@ class GateRules(_Strict):
             raise TaskFileError(f"{path}: {explain(reason)}") from reason
 
 
-class Verdict(_Strict):
+class Verdict(StrictSettings):
     """One rule applied to one subject."""
 
     rule: str = Field(description="Name of the rule.")
@@ -73,7 +70,7 @@ class Verdict(_Strict):
     reason: str = Field(description="Why, in one sentence.")
 
 
-class TaskComparison(_Strict):
+class TaskComparison(StrictSettings):
     """A task's own adapter against the bundle."""
 
     own: float | None = Field(description="Score of its own adapter; None if missing or not a number.")
@@ -83,7 +80,7 @@ class TaskComparison(_Strict):
     metric: str | None = Field(description="The metric of both; None if they differ.")
 
 
-class GateReport(_Strict):
+class GateReport(StrictSettings):
     """The verdict on one bundle. Equal inputs give equal reports, down to the bytes."""
 
     bundle_id: str = Field(description="The bundle judged.")
@@ -196,7 +193,7 @@ def _fault(own: Evaluation | None, merged: Evaluation | None, a: float | None, b
     if a is None or b is None:
         which, evaluation = ("its own adapter", own) if a is None else ("the bundle", merged)
         return f"the score of {which} is {evaluation.value}, which is no score"
-    for what in ("task", "metric", "samples", "data_digest"):
+    for what in ("task", "metric", "samples", "data_digest", "rules"):
         left, right = getattr(own, what), getattr(merged, what)
         if left != right:
             return f"not comparable: {what} is {left} for its own adapter, {right} for the bundle"

@@ -70,10 +70,18 @@ def exact_match(answer: str, references: Sequence[str]) -> float:
 def rouge_l(answer: str, references: Sequence[str]) -> float:
     """F-measure of the longest common subsequence of words, for the best reference (Lin, 2004).
 
+    A reference without words, such as ``:-)``, is met by itself alone.
+
     Words are split for any script (see :class:`UnicodeWords`); for English text the result is that of
     ``rouge_score``'s own splitting without stemming.
     """
-    return max(float(_ROUGE.score(reference, answer)["rougeL"].fmeasure) for reference in references)
+    return max(_rouge_l(answer, reference) for reference in references)
+
+
+def _rouge_l(answer: str, reference: str) -> float:
+    if not UnicodeWords().tokenize(reference):
+        return exact_match(answer, [reference])
+    return float(_ROUGE.score(reference, answer)["rougeL"].fmeasure)
 
 
 class UnicodeWords(Tokenizer):  # type: ignore[misc]  # untyped library

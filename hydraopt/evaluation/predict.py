@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import groupby
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from hydraopt.errors import TaskFileError
-from hydraopt.evaluation.encoding import classification_example, input_limit, prompt_ids
+from hydraopt.evaluation.encoding import (
+    classification_examples,
+    forced_start,
+    input_limit,
+    prompt_ids,
+    virtual_tokens,
+)
 from hydraopt.evaluation.rows import Row
 from hydraopt.evaluation.task_file import TaskFile
 from hydraopt.progress import Progress
@@ -28,12 +37,11 @@ def predict_labels(
     """A label per row; None where the logits are not finite, since the largest of NaNs means nothing.
 
     Raises:
-        TaskFileError: If the model's head does not have one output per label.
+        TaskFileError: If the model's head does not have one output per label, or a text does not fit the model.
     """
-    limit = input_limit(model, tokenizer, task.max_length)
-    inputs = [classification_example(tokenizer, row["text"], limit) for row in rows]
+    inputs = classification_examples(task, model, tokenizer, rows)
     predicted: list[str | None] = [None] * len(rows)
-    for batch in _batches(task, inputs, batch_size, progress):
+    for batch in _batches(task, model, inputs, batch_size, progress):
         padded = tokenizer.pad([inputs[row] for row in batch], padding_side="right", return_tensors="pt")
         logits: Tensor = model(**padded.to(model.device)).logits  # (batch, labels)
         if logits.shape[1] != len(task.labels):
@@ -57,23 +65,28 @@ def predict_texts(
     batch_size: int,
     progress: Progress | None = None,
 ) -> list[str | None]:
-    """The greedy answer per row; None where a step gave NaN."""
+    """The greedy answer per row; None where a step gave NaN.
+
+    Raises:
+        TaskFileError: If the answers do not fit the model.
+    """
     decoder = not model.config.is_encoder_decoder
-    limit = input_limit(model, tokenizer, task.max_length, reserved=task.max_new_tokens if decoder else 0)
+    limit = input_limit(task, model, tokenizer)
     prompts = [prompt_ids(tokenizer, task.prompt, row["input"], limit, decoder=decoder) for row in rows]
     inputs = [{"input_ids": prompt} for prompt in prompts]
     greedy = _greedy(model, tokenizer, task.max_new_tokens)
     # A decoder continues the last position, so the padding must stand before the prompt.
     side = "left" if decoder else "right"
     predicted: list[str | None] = [None] * len(rows)
-    for batch in _batches(task, inputs, batch_size, progress):
+    for batch in _batches(task, model, inputs, batch_size, progress):
         padded = tokenizer.pad([inputs[row] for row in batch], padding_side=side, return_tensors="pt")
         watch = _NanWatch(len(batch))
-        answers = model.generate(
-            **padded.to(model.device),
-            generation_config=greedy,
-            logits_processor=LogitsProcessorList([watch]),
-        )
+        with _without_own_settings(model):
+            answers = model.generate(
+                **padded.to(model.device),
+                generation_config=greedy,
+                logits_processor=LogitsProcessorList([watch]),
+            )
         if decoder:
             answers = answers[:, padded["input_ids"].shape[1] :]
         texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
@@ -94,35 +107,58 @@ class _NanWatch(LogitsProcessor):  # type: ignore[misc]  # untyped library
 
 
 def _greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> GenerationConfig:
-    """Plain greedy decoding.
+    """Plain greedy decoding: of the base model's own settings its tokens alone.
 
-    A value left out here would come from the base model's own settings, which often sample or punish
-    repetition.
+    An answer ends with the model's end tokens and with the tokenizer's, which is what is taught in training.
     """
+    own = model.generation_config
+    ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
     return GenerationConfig(
         do_sample=False,
         num_beams=1,
-        max_new_tokens=max_new_tokens,
-        min_length=0,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        temperature=1.0,
-        top_k=50,
-        top_p=1.0,
+        max_new_tokens=max_new_tokens + (forced_start(model) is not None),
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=model.generation_config.eos_token_id or tokenizer.eos_token_id,
+        bos_token_id=own.bos_token_id,
+        decoder_start_token_id=own.decoder_start_token_id,
+        forced_bos_token_id=forced_start(model),
+        eos_token_id=sorted({end for end in (*ends, tokenizer.eos_token_id) if end is not None}) or None,
     )
+
+
+@contextmanager
+def _without_own_settings(model: Any) -> Iterator[None]:
+    """``generate`` fills what it is not told from the model's own settings, which often sample, punish or suppress."""
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    own = inner.generation_config
+    inner.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        inner.generation_config = own
 
 
 def _batches(
     task: TaskFile,
+    model: Any,
     inputs: Sequence[Mapping[str, Sequence[int]]],
     batch_size: int,
     progress: Progress | None,
 ) -> Iterator[list[int]]:
-    """Row numbers in batches of rows of like length, so that little is padded; reports what is done."""
-    order = sorted(range(len(inputs)), key=lambda row: len(inputs[row]["input_ids"]))
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]
-        if progress is not None:
-            progress(min(start + batch_size, len(order)), len(order), f"evaluate {task.name}")
+    """Row numbers in batches of rows of like length, so that little is padded; reports what is done.
+
+    Behind virtual tokens nothing may be padded: models count positions from the first token on, and padding between
+    the virtual tokens and a prompt would move it.
+    """
+    lengths = [len(one["input_ids"]) for one in inputs]
+    order = sorted(range(len(inputs)), key=lengths.__getitem__)
+    equal = (
+        [list(same) for _, same in groupby(order, lengths.__getitem__)] if virtual_tokens(model) else [order]
+    )
+    done = 0
+    for rows in equal:
+        for start in range(0, len(rows), batch_size):
+            batch = rows[start : start + batch_size]
+            yield batch
+            done += len(batch)
+            if progress is not None:
+                progress(done, len(order), f"evaluate {task.name}")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
+EVALUATION_RULES = "2"
+"""Raised whenever the same model, task and rows would score otherwise: measurements compare under equal rules only."""
+
 
 class Evaluation(BaseModel):
     """What one model scored on one task's rows."""
@@ -20,3 +23,6 @@ class Evaluation(BaseModel):
         description="All metrics of its kind, and the share of rows without output."
     )
     data_digest: str = Field(description="SHA-256 (hex) of the canonical rows evaluated.")
+    rules: str = Field(
+        "1", description="The EVALUATION_RULES it was measured under; the first ones did not say so."
+    )

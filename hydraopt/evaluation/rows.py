@@ -39,10 +39,10 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """
     opener: Callable[..., Any] = gzip.open if path.suffix == ".gz" else open
     try:
-        with opener(path, "rt", encoding="utf-8") as file:
+        with opener(path, "rt", encoding="utf-8-sig") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    where = f"{path}, line {number}"
+                    where = f"{path} (JSON lines), line {number}"
                     yield where, parse_object(line, where, TaskFileError)
     except UnicodeDecodeError as reason:
         raise TaskFileError(f"{path}: not UTF-8 text ({reason.reason} at byte {reason.start})") from reason
@@ -75,11 +75,20 @@ def read_hub_split(
         if isinstance(feature, datasets.ClassLabel)
     }
     for number, row in enumerate(data):
-        readable = {
-            key: names[key].int2str(value) if key in names and value is not None else value
-            for key, value in row.items()
-        }
-        yield f"{where}, row {number}", readable
+        at = f"{where}, row {number}"
+        yield at, {key: _named(at, key, value, names.get(key)) for key, value in row.items()}
+
+
+def _named(where: str, field: str, value: Any, classes: datasets.ClassLabel | None) -> Any:
+    """The name of a class number; any other value as it is."""
+    if classes is None or value is None:
+        return value
+    if not 0 <= value < classes.num_classes:  # -1 is how the hub's unlabelled test splits say so
+        raise TaskFileError(
+            f"{where}: {field!r} is {value}, which is no class of 0 to {classes.num_classes - 1}; such rows have no "
+            "label, so choose another split"
+        )
+    return classes.int2str(value)
 
 
 def check_rows(

@@ -20,8 +20,6 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    ConfigDict,
     Field,
     PrivateAttr,
     StringConstraints,
@@ -40,6 +38,7 @@ from hydraopt.evaluation.rows import (
 )
 from hydraopt.evaluation.yaml_file import explain, read_yaml
 from hydraopt.names import check_task_name
+from hydraopt.strict_settings import StrictSettings
 
 Split = Literal["train", "validation", "test"]
 MetricName = Literal["accuracy", "macro_f1", "exact_match", "rouge_l"]
@@ -61,13 +60,7 @@ Words = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, ma
 Language = Annotated[str, StringConstraints(pattern=r"^[A-Za-z]{2,3}(-[A-Za-z0-9]{2,8})*$")]
 
 
-class _Strict(BaseModel):
-    """Frozen, and a misspelt key is an error instead of a default."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class HubSource(_Strict):
+class HubSource(StrictSettings):
     """A data set on the hub, or a local folder of data files, as ``datasets.load_dataset`` takes it."""
 
     name: Words = Field(description="Hub id of the data set.")
@@ -80,7 +73,7 @@ class HubSource(_Strict):
     test: Words = Field("test", description="Name of the split to evaluate on.")
 
 
-class DataSource(_Strict):
+class DataSource(StrictSettings):
     """Where the examples are, and what their fields are called."""
 
     train: Path | None = Field(None, description="Rows to train on, `.jsonl` or `.jsonl.gz`.")
@@ -100,7 +93,7 @@ class DataSource(_Strict):
         return self
 
 
-class LoraSettings(_Strict):
+class LoraSettings(StrictSettings):
     """The shape of the adapter."""
 
     r: int = Field(16, ge=1, le=1024, description="Rank.")
@@ -123,7 +116,7 @@ class LoraSettings(_Strict):
     )
 
 
-class TrainingSettings(_Strict):
+class TrainingSettings(StrictSettings):
     """How the adapter is trained."""
 
     epochs: int = Field(5, ge=1, le=10_000, description="Passes over the training rows.")
@@ -143,7 +136,7 @@ class TrainingSettings(_Strict):
     )
 
 
-class TaskFile(_Strict):
+class TaskFile(StrictSettings):
     """One task. Made by :meth:`load` from YAML, or by :meth:`from_definition` from a stored definition."""
 
     name: Annotated[str, AfterValidator(check_task_name)] = Field(description="Name of the task.")

@@ -37,7 +37,15 @@ from transformers import (
 
 from hydraopt.adapters.peft_folder import CONFIG_FILE, TENSOR_FILE
 from hydraopt.atomic_files import sync
-from hydraopt.base_models import LoadedBase, TaskType, generation_task_type, load_base, quiet, resolve_device
+from hydraopt.base_models import (
+    LoadedBase,
+    TaskType,
+    generation_task_type,
+    is_head,
+    load_base,
+    quiet,
+    resolve_device,
+)
 from hydraopt.errors import TaskFileError
 from hydraopt.evaluation.encoding import IGNORED, encoded_rows
 from hydraopt.evaluation.rows import Row, rows_digest
@@ -47,7 +55,7 @@ from hydraopt.progress import Progress
 from hydraopt.training.checkpoints import MarkCheckpoints, last_whole_checkpoint, step_of
 from hydraopt.training.nuclear_decay import NuclearDecay
 
-TRAINING_VERSION = "2"
+TRAINING_VERSION = "3"
 """Raised whenever the same task and rows would give another adapter."""
 
 _KEPT_CHECKPOINTS = 2  # the last one may be cut short by a kill; then the one before it counts
@@ -107,6 +115,7 @@ def finetune(
     folder.mkdir(parents=True, exist_ok=True)
     with _only_one(work / f"{key}.lock", task):
         resume = last_whole_checkpoint(folder)
+        _recover(out)
         with _isolated_randomness(), quiet(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the libraries' advice to one another
             model, base = _new_adapter(task, resolve_device(device))
@@ -149,7 +158,7 @@ def _new_adapter(task: TaskFile, device: str) -> tuple[Any, LoadedBase]:
         target_modules=targets if isinstance(targets, str) else list(targets),
         use_rslora=task.lora.use_rslora,
         bias="none",
-        modules_to_save=list(base.new_layers) or None,  # random layers would differ on every device
+        modules_to_save=_saved_layers(base) or None,
     )
     torch.manual_seed(task.lora.init_seed)
     try:
@@ -160,12 +169,32 @@ def _new_adapter(task: TaskFile, device: str) -> tuple[Any, LoadedBase]:
             f"{str(reason).splitlines()[0]}"
         ) from reason
     if task.lora.freeze_a:
-        for name, parameter in model.named_parameters():
-            if ".lora_A." in name or ".lora_embedding_A." in name:
-                parameter.requires_grad_(requires_grad=False)
+        _freeze_a(task, model)
     # Left set, PEFT would ask the hub for this name at every checkpoint.
     model.peft_config["default"].base_model_name_or_path = ""
     return model.to(device), base
+
+
+def _saved_layers(base: LoadedBase) -> list[str]:
+    """The layers to train and save whole: random ones would differ on every device.
+
+    A head is saved as a whole. Of one that has several layers (``classifier.dense``, ``classifier.out_proj``) PEFT
+    would wrap each and then, for it saves every ``classifier``, all of them once more, and not read what it wrote.
+    """
+    return sorted({layer.split(".")[0] if is_head(base.model, layer) else layer for layer in base.new_layers})
+
+
+def _freeze_a(task: TaskFile, model: Any) -> None:
+    for name, parameter in model.named_parameters():
+        if ".lora_embedding_A." in name:
+            # It starts at zero, and B's gradient with it: neither would ever move.
+            module = name.removeprefix("base_model.model.").partition(".lora_")[0]
+            raise TaskFileError(
+                f"task {task.name!r}: lora.freeze_a cannot be with {module!r} in lora.target_modules: the A of an "
+                "embedding table starts at zero, so nothing would be learnt. Leave the table out, or train A, too."
+            )
+        if ".lora_A." in name:
+            parameter.requires_grad_(requires_grad=False)
 
 
 def _trainer(
@@ -256,14 +285,24 @@ def _publish(task: TaskFile, model: Any, out: Path, partial: Path) -> None:
         sync(file)
     if out.is_dir():
         # A folder with content cannot be replaced in one step; out is missing for an instant, never half there.
-        old = partial.with_suffix(".old")
-        shutil.rmtree(old, ignore_errors=True)
-        out.rename(old)
+        out.rename(_set_aside(out))
         partial.rename(out)
-        shutil.rmtree(old)
+        shutil.rmtree(_set_aside(out))
     else:
         partial.rename(out)
     sync(out.parent)
+
+
+def _set_aside(out: Path) -> Path:
+    return out.with_name(f".{out.name}.old")
+
+
+def _recover(out: Path) -> None:
+    """Put back what a run that was killed while it replaced ``out`` had set aside; or remove it."""
+    old = _set_aside(out)
+    if old.is_dir() and not out.exists():
+        old.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _adapter_config(task: TaskFile, model: Any) -> dict[str, Any]:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from hydraopt.finite import all_finite
+
 
 class NuclearDecay(TrainerCallback):  # type: ignore[misc]  # untyped library
     """Lowers the singular values of every B after each step.
@@ -47,11 +49,13 @@ def soft_threshold(matrix: Tensor, taken: float) -> Tensor:
         taken: Taken off every singular value.
 
     Returns:
-        (m, n), of the same dtype. Singular values below 1e-6 of the largest count as zero: they are taken from a Gram
-        matrix in float64, which the few directions of a factor allow.
+        (m, n), of the same dtype; as it is if it holds NaN or infinity. Singular values below 1e-6 of the largest
+        count as zero: they are taken from a Gram matrix in float64, which the few directions of a factor allow.
     """
     if matrix.shape[0] < matrix.shape[1]:
         return soft_threshold(matrix.T, taken).T
+    if not all_finite(matrix):
+        return matrix  # a training that diverged; it ends by itself, and says so
     tall = matrix.double()
     energies, directions = torch.linalg.eigh(tall.T @ tall)
     values = energies.clamp_min(0).sqrt()

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hydraopt import Adapter, Bundle
 from hydraopt.base_models import load_base
-from hydraopt.evaluation.encoding import classification_example, input_limit
+from hydraopt.evaluation.encoding import classification_examples
 from hydraopt.evaluation.task_file import TaskFile
 
 _BATCH = 32  # on one core larger batches are no faster
@@ -50,10 +50,7 @@ class Scorer:
         self._pad = base.tokenizer
         for name, task in tasks.items():
             rows = spread(task.read_rows("test"), limit)
-            longest = input_limit(self._model, base.tokenizer, task.max_length)
-            self._add_rows(
-                name, [classification_example(base.tokenizer, row["text"], longest) for row in rows]
-            )
+            self._add_rows(name, classification_examples(task, self._model, base.tokenizer, rows))
             self.truth[name] = np.array([task.labels.index(row["label"]) for row in rows])
 
     def _add_rows(self, task: str, examples: list[dict[str, list[int]]]) -> None:

@@ -402,8 +402,15 @@ def test_kinds_of_other_spaces_share_a_bundle_but_not_a_model(tmp_path):
     for task, folder in bundle.export(tmp_path / "out").items():
         reloaded = PeftModel.from_pretrained(llama(), folder).eval()
         torch.testing.assert_close(logits(reloaded), expected[task], rtol=0, atol=1e-4)
-    with pytest.raises(BundleError, match=r"LORA \(task 'lora'\).*VERA \(task 'vectors'\).*export"):
+    with pytest.raises(BundleError, match=r"LORA \(task 'lora'\).*VERA \(task 'vectors'\).*tasks="):
         bundle.attach(llama())
+    for task in names:
+        torch.testing.assert_close(
+            logits(bundle.attach(llama(), tasks=[task])), expected[task], rtol=0, atol=1e-4
+        )
+    for wrong, words in (([], "no task to attach"), (["lora", "none"], "no task 'none'")):
+        with pytest.raises(BundleError, match=words):
+            bundle.attach(llama(), tasks=wrong)
 
 
 def test_a_layer_replaced_by_one_task_and_updated_by_another_is_not_attached(tmp_path):

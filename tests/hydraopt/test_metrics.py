@@ -6,7 +6,7 @@ import math
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
@@ -107,8 +107,17 @@ def test_words_of_any_script(text, words):
     st.text(st.sampled_from("ab cde,.-1'\n"), max_size=30),
 )
 def test_english_is_scored_as_the_library_does_without_stemming(answer, reference):
+    assume(UnicodeWords().tokenize(reference))
     standard = RougeScorer(["rougeL"]).score(reference, answer)["rougeL"].fmeasure
     assert rouge_l(answer, [reference]) == pytest.approx(standard)
+
+
+def test_a_reference_without_words_is_met_by_itself_alone():
+    """The library finds no word in it and gives every answer 0."""
+    assert rouge_l(" :-)\n", [":-)"]) == 1
+    assert rouge_l(":-(", [":-)"]) == 0
+    assert rouge_l("a face", [":-)"]) == 0
+    assert rouge_l("a face", [":-)", "a face"]) == 1
 
 
 def test_wilson_interval_solves_its_equation():

@@ -5,7 +5,7 @@ import pytest
 pytest.importorskip("prefect")
 
 from hydraopt.errors import TaskFileError
-from hydraopt.evaluation.result import Evaluation
+from hydraopt.evaluation.result import EVALUATION_RULES, Evaluation
 from hydraopt.evaluation.task_file import TaskFile
 from infra.adapter_store import AdapterVersion
 from tasks.jobs import Job, job_from_file, recorded_evaluation
@@ -35,6 +35,7 @@ def version_of(known: Job) -> AdapterVersion:
         samples=2,
         metrics={"accuracy": 0.5},
         data_digest=known.data_digest,
+        rules=EVALUATION_RULES,
     )
     return AdapterVersion(
         task="topic",
@@ -55,6 +56,13 @@ def test_the_same_job_is_not_measured_again():
 @pytest.mark.parametrize("other", [job(rows=ROWS[:1]), job(max_length=64), job(metric="macro_f1")])
 def test_other_rows_or_another_way_of_asking_is_another_measurement(other):
     assert recorded_evaluation(version_of(job()), other) is None
+
+
+def test_what_was_measured_under_other_rules_is_measured_again():
+    """Those of the first versions do not say under which."""
+    old = version_of(job())
+    del old.own_evaluation["rules"]
+    assert recorded_evaluation(old, job()) is None
 
 
 def test_a_version_that_was_never_measured_has_nothing_recorded():

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 from rich.table import Table
@@ -289,6 +289,13 @@ def export(output: Output, bundle: Path, out: Path, task: str | None, profile: s
 @click.option("--bundle", type=click.Path(path_type=Path), help="A bundle that has the task.")
 @click.option("--device", type=click.Choice(_DEVICES), default="auto", show_default=True)
 @click.option("--limit", type=int, help="Only so many rows, spread evenly over all.")
+@click.option(
+    "--split",
+    type=click.Choice(["train", "validation", "test"]),
+    default="test",
+    show_default=True,
+    help="Which of the task's rows.",
+)
 def evaluate(
     output: Output,
     *,
@@ -297,8 +304,9 @@ def evaluate(
     bundle: Path | None,
     device: str,
     limit: int | None,
+    split: Literal["train", "validation", "test"],
 ) -> dict[str, Any]:
-    """Measure an adapter or a bundle on a task's test rows.
+    """Measure an adapter or a bundle on a task's test rows, or on those to tune on (--split validation).
 
     Example: hydraopt evaluate mood.yaml --bundle bundle
     """
@@ -310,11 +318,12 @@ def evaluate(
     from hydraopt.evaluation.task_file import TaskFile
 
     task = TaskFile.load(taskfile)
+    rows = task.read_rows(split)
     with output.progress() as progress:
         if adapter is not None:
-            result = evaluate_adapter(task, adapter, device=device, limit=limit, progress=progress)
+            result = evaluate_adapter(task, adapter, rows=rows, device=device, limit=limit, progress=progress)
         else:
-            result = evaluate_bundle(task, bundle, device=device, limit=limit, progress=progress)
+            result = evaluate_bundle(task, bundle, rows=rows, device=device, limit=limit, progress=progress)
     output.show(
         f"{result.task}: {result.metric} {result.value:.4f} "
         f"(95 % interval {result.low:.4f} to {result.high:.4f}, {result.samples} samples)"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,7 +47,11 @@ class LowRankHead(nn.Module):
 
 
 def attach(
-    bundle: Bundle, base_model: nn.Module, *, tasks: Sequence[str] | None = None, packed: bool = False
+    bundle: Bundle,
+    base_model: nn.Module,
+    *,
+    tasks: Iterable[str] | Mapping[str, str] | None = None,
+    packed: bool = False,
 ) -> PeftModel:
     """Put the tasks of a bundle into a base model.
 
@@ -55,29 +59,43 @@ def attach(
         bundle: The merged set.
         base_model: A transformers model of the bundle's base. It is changed in place, as PEFT does.
         tasks: Names of those to put in, at least one; None for all. They are of LoRA, DoRA and AdaLoRA, or of VeRA, or
-            prompts of one kind: PEFT cannot hold a mixture of these in one model.
+            prompts of one kind: PEFT cannot hold a mixture of these in one model. A mapping gives each another name
+            there, ``{adapter: task}``: torch takes none with a dot, nor that of an attribute, such as ``update``.
         packed: Keep the factors in memory as they are stored, in few bits, and read them back module by module at every
             pass: less memory, more time. For linear layers.
 
     Returns:
-        A PeftModel in eval mode with the first of the tasks active; ``set_adapter(task)`` switches. All tasks'
+        A PeftModel in eval mode with the first of them active; ``set_adapter(task)`` switches. All tasks'
         ``lora_A`` of one module are the same Parameter. Tensors take the dtype and device of the base model's weights.
 
     Raises:
-        BundleError: If there is no such task, the tasks do not fit into one model, or the base model lacks a module
-            that they update or has it in another size.
+        BundleError: If there is no such task, a name cannot be an adapter's, the tasks do not fit into one model, or
+            the base model lacks a module that they update or has it in another size.
     """
-    names = bundle.task_names if tasks is None else tuple(dict.fromkeys(tasks))
-    if not names:
-        raise BundleError("no task to attach; name at least one, or leave tasks out for all")
-    bundle.modules_of(names)  # a name that is not there is refused before the model is touched
+    names = _adapter_names(bundle, bundle.task_names if tasks is None else tasks)
     model: Any = _attach_for(bundle, names)(bundle, base_model, names)
     if packed:
         pack(bundle, model, names)
     model.requires_grad_(requires_grad=False)
-    model.set_adapter(names[0])
+    model.set_adapter(next(iter(names)))
     model.requires_grad_(requires_grad=False)
     return model.eval()
+
+
+def _adapter_names(bundle: Bundle, tasks: Iterable[str] | Mapping[str, str]) -> dict[str, str]:
+    """The task of each adapter, by its name in the model."""
+    names = dict(tasks) if isinstance(tasks, Mapping) else {task: task for task in tasks}
+    if not names:
+        raise BundleError("no task to attach; name at least one, or leave tasks out for all")
+    bundle.modules_of(names.values())  # a task that is not there is refused before the model is touched
+    for name, task in names.items():
+        if "." in name or any(hasattr(kind, name) for kind in (nn.ModuleDict, nn.ParameterDict)):
+            better = f"{name.replace('.', '-')}-task"
+            raise BundleError(
+                f"task {task!r}: torch takes no adapter named {name!r}; give it another name in the model, with "
+                f"tasks={{{better!r}: {task!r}}}"
+            )
+    return names
 
 
 def attached_kind(bundle: Bundle, task: str) -> str:
@@ -87,10 +105,10 @@ def attached_kind(bundle: Bundle, task: str) -> str:
 
 
 def _attach_for(
-    bundle: Bundle, tasks: Sequence[str]
-) -> Callable[[Bundle, nn.Module, Sequence[str]], PeftModel]:
+    bundle: Bundle, names: Mapping[str, str]
+) -> Callable[[Bundle, nn.Module, Mapping[str, str]], PeftModel]:
     kinds: dict[str, str] = {}
-    for task in tasks:
+    for task in names.values():
         kinds.setdefault(attached_kind(bundle, task), task)
     if len(kinds) > 1:
         named = " and ".join(f"{kind} (task {task!r})" for kind, task in kinds.items())
@@ -104,27 +122,27 @@ def _attach_for(
     return attach_prompts if kind in PROMPT_KINDS else _attach_lora
 
 
-def _attach_lora(bundle: Bundle, base_model: nn.Module, tasks: Sequence[str]) -> PeftModel:
-    modules = bundle.modules_of(tasks)
+def _attach_lora(bundle: Bundle, base_model: nn.Module, names: Mapping[str, str]) -> PeftModel:
+    modules = bundle.modules_of(names.values())
     _check_modules(bundle, modules, base_model)
-    _check_replaced(bundle, modules, tasks)
+    _check_replaced(bundle, modules, tuple(names.values()))
     shared_rows = _shared_rows(bundle, modules, base_model)
     read_shared = read_once()
     tails = name_tails(name for name, _ in base_model.named_modules())
     model: Any = None
-    for task in tasks:
+    for name, task in names.items():
         chains = lora_chains(bundle, task, read_shared)
         settings = lora_settings(bundle, task, chains)
         if not tails.isdisjoint(chains):  # a list would give modules whose names end alike an update, too
             settings["target_modules"] = "|".join(map(re.escape, sorted(chains)))
         config = LoraConfig(**settings)
         if model is None:
-            model = get_peft_model(base_model, config, adapter_name=task, low_cpu_mem_usage=True)
+            model = get_peft_model(base_model, config, adapter_name=name, low_cpu_mem_usage=True)
         else:
-            model.add_adapter(task, config, low_cpu_mem_usage=True)
-        for name, chain in chains.items():
-            _place(model.get_submodule(PREFIX + name), task, chain, shared_rows.get(name))
-        place_extras(model, task, bundle.extras(task))
+            model.add_adapter(name, config, low_cpu_mem_usage=True)
+        for module, chain in chains.items():
+            _place(model.get_submodule(PREFIX + module), name, chain, shared_rows.get(module))
+        place_extras(model, name, bundle.extras(task))
     return model
 
 
@@ -174,21 +192,21 @@ def _parameter(part: Tensor, like: Any) -> nn.Parameter:
     return nn.Parameter(part.to(device=like.device, dtype=dtype, copy=True), requires_grad=False)
 
 
-def _place(layer: Any, task: str, chain: Chain, shared: nn.Parameter | None) -> None:
-    """Put a chain where PEFT keeps its factors; ``shared`` is its last matrix, if all tasks use it."""
+def _place(layer: Any, name: str, chain: Chain, shared: nn.Parameter | None) -> None:
+    """Put a chain where PEFT keeps an adapter's factors; ``shared`` is its last matrix, if all tasks use it."""
     like = layer.get_base_layer().weight
     if shared is not None and shared.shape != chain[-1].shape:
         shared = None  # the task keeps nothing of A' here: its chain is one zero direction
     if isinstance(layer.get_base_layer(), nn.Embedding):
         up, down = pair(chain)
-        layer.lora_embedding_A[task] = _parameter(down, like) if shared is None or len(chain) == 3 else shared
-        layer.lora_embedding_B[task] = _parameter(up, like)
+        layer.lora_embedding_A[name] = _parameter(down, like) if shared is None or len(chain) == 3 else shared
+        layer.lora_embedding_B[name] = _parameter(up, like)
         return
-    layer.lora_A[task] = _linear(_parameter(chain[-1], like) if shared is None else shared)
+    layer.lora_A[name] = _linear(_parameter(chain[-1], like) if shared is None else shared)
     if len(chain) == 3:
-        layer.lora_B[task] = LowRankHead(_parameter(chain[0], like), _parameter(chain[1], like))
+        layer.lora_B[name] = LowRankHead(_parameter(chain[0], like), _parameter(chain[1], like))
     else:
-        layer.lora_B[task] = _linear(_parameter(chain[0], like))
+        layer.lora_B[name] = _linear(_parameter(chain[0], like))
 
 
 def _linear(weight: nn.Parameter) -> nn.Linear:

@@ -14,22 +14,22 @@ from hydraopt.adapters.whole_tensors import MAGNITUDE, copied_module
 from hydraopt.errors import BundleError
 
 
-def place_extras(model: Any, task: str, extras: Mapping[str, Tensor]) -> None:
-    """Give each tensor its place, in the dtype and on the device of the base model's weights there.
+def place_extras(model: Any, name: str, extras: Mapping[str, Tensor]) -> None:
+    """Give each tensor of an adapter its place, in the dtype and on the device of the base model's weights there.
 
     Raises:
         BundleError: If a copy of a base weight is not what the base model holds, which would change every task; or if
             the base model has no such tensor.
     """
-    for name, tensor in extras.items():
-        if name.endswith(MAGNITUDE):
-            layer = model.get_submodule(name.removesuffix(MAGNITUDE))
+    for path, tensor in extras.items():
+        if path.endswith(MAGNITUDE):
+            layer = model.get_submodule(path.removesuffix(MAGNITUDE))
             like = layer.get_base_layer().weight
-            layer.lora_magnitude_vector[task].weight = _parameter(tensor, like)
-        elif (module := copied_module(name)) is not None:
-            _check_copy(model.get_submodule(PREFIX + module), task, name, tensor)
+            layer.lora_magnitude_vector[name].weight = _parameter(tensor, like)
+        elif (module := copied_module(path)) is not None:
+            _check_copy(model.get_submodule(PREFIX + module), name, path, tensor)
         else:
-            _replace(model, task, name, tensor)
+            _replace(model, name, path, tensor)
 
 
 def _check_copy(layer: Any, task: str, name: str, copy: Tensor) -> None:

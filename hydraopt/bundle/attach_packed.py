@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -66,26 +66,26 @@ class PackedChain(nn.Module):
         return x
 
 
-def pack(bundle: Bundle, model: nn.Module, tasks: Sequence[str]) -> None:
+def pack(bundle: Bundle, model: nn.Module, names: Mapping[str, str]) -> None:
     """Replace the factors of attached tasks by their stored bytes.
 
     Args:
         bundle: What was attached.
         model: The PeftModel; changed in place. A module's shared factors are in memory once.
-        tasks: The tasks that were attached.
+        names: The task of each adapter in it.
 
     Raises:
         BundleError: If the tasks update anything but linear layers.
     """
-    for module in bundle.modules_of(tasks):
+    for module in bundle.modules_of(names.values()):
         if module.layer != "linear":
             raise BundleError(
                 f"module {module.name!r} is of the kind {module.layer!r}, which cannot stay packed; attach without"
             )
     held: dict[int, PackedRows] = {}
-    for task in tasks:
-        for name, links in bundle.links(task).items():
-            layer: Any = model.get_submodule(PREFIX + name)
+    for name, task in names.items():
+        for module_name, links in bundle.links(task).items():
+            layer: Any = model.get_submodule(PREFIX + module_name)
             like = layer.get_base_layer().weight
             dtype = like.dtype if like.dtype.is_floating_point else torch.float32
             parts = []
@@ -94,5 +94,5 @@ def pack(bundle: Bundle, model: nn.Module, tasks: Sequence[str]) -> None:
                 if rows is None:
                     rows = held[link.rows.data.data_ptr()] = PackedRows(link.rows, like.device)
                 parts.append((rows, link.up))
-            layer.lora_A[task] = PackedChain(parts[:1], dtype)
-            layer.lora_B[task] = PackedChain(parts[1:], dtype)
+            layer.lora_A[name] = PackedChain(parts[:1], dtype)
+            layer.lora_B[name] = PackedChain(parts[1:], dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from peft import PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
@@ -15,16 +15,16 @@ from hydraopt.bundle.prompt_folder import prompt_matrix, prompt_settings
 _CONFIGS = {"PROMPT_TUNING": PromptTuningConfig, "PREFIX_TUNING": PrefixTuningConfig}
 
 
-def attach_prompts(bundle: Bundle, base_model: nn.Module, tasks: Sequence[str]) -> PeftModel:
+def attach_prompts(bundle: Bundle, base_model: nn.Module, names: Mapping[str, str]) -> PeftModel:
     """Put tasks of a bundle, prompts of one kind, into a base model."""
     model: Any = None
-    for task in tasks:
+    for name, task in names.items():
         config = _CONFIGS[bundle.manifest.tasks[task].kind](**prompt_settings(bundle, task))
         if model is None:
-            model = get_peft_model(base_model, config, adapter_name=task)
+            model = get_peft_model(base_model, config, adapter_name=name)
         else:
-            model.add_adapter(task, config)
-        embedding = model.prompt_encoder[task].embedding
+            model.add_adapter(name, config)
+        embedding = model.prompt_encoder[name].embedding
         embedding.weight = nn.Parameter(prompt_matrix(bundle, task).to(embedding.weight), requires_grad=False)
-        place_extras(model, task, bundle.extras(task))
+        place_extras(model, name, bundle.extras(task))
     return model

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -282,7 +282,11 @@ class Bundle:
         return bundle
 
     def attach(
-        self, base_model: PreTrainedModel, *, tasks: Sequence[str] | None = None, packed: bool = False
+        self,
+        base_model: PreTrainedModel,
+        *,
+        tasks: Iterable[str] | Mapping[str, str] | None = None,
+        packed: bool = False,
     ) -> PeftModel:
         """The base model with one PEFT adapter per task; see :func:`hydraopt.bundle.attach.attach`."""
         from hydraopt.bundle.attach import attach  # noqa: PLC0415 - PEFT takes seconds to import

@@ -68,7 +68,7 @@ def _positions(model: Any) -> int | None:
         return None
     for name, table in model.named_modules():
         if name.endswith("position_embeddings") and getattr(table, "padding_idx", None) is not None:
-            return positions - int(table.padding_idx) - 1  # RoBERTa and its kin count from behind the padding's
+            return positions - int(table.padding_idx) - 1  # RoBERTa and its kin start behind the padding's
     return positions
 
 

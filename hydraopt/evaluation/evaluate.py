@@ -129,8 +129,8 @@ def evaluate_bundle_tasks(
     for (task_type, _, _), same in together.items():
         for model, tokenizer, attached in _attached(same, opened, task_type):
             model.to(target)
-            for task in attached:
-                model.set_adapter(task.name)
+            for adapter, task in attached.items():
+                model.set_adapter(adapter)
                 results[task.name] = evaluate_model(
                     task, model, tokenizer, chosen[task.name], batch_size=batch_size, progress=progress
                 )
@@ -247,23 +247,26 @@ def check_base(task: TaskFile, base_model: str, revision: str | None, what: str)
 
 def _attached(
     tasks: Sequence[TaskFile], bundle: Bundle, task_type: TaskType
-) -> Iterator[tuple[Any, Any, Sequence[TaskFile]]]:
-    """Models with their tokenizers and the tasks attached to each: one model, or one a task if they exclude another."""
+) -> Iterator[tuple[Any, Any, dict[str, TaskFile]]]:
+    """Models with their tokenizers and the task of each adapter: one model, or one a task if they exclude another."""
     first = tasks[0]
     base = load_base(first.base_model, first.revision, task_type, num_labels=len(first.labels) or None)
     for task in tasks:
         brought = _layers(bundle.extras(task.name), bundle.manifest.tasks[task.name].kind)
         if missing := [layer for layer in base.new_layers if layer not in brought]:
             raise BundleError(f"the bundle's task {task.name!r}: {_random(task, missing)}")
+    adapters = {
+        f"adapter{index}": task for index, task in enumerate(tasks)
+    }  # a task's own name may have a dot
     try:
-        model = bundle.attach(base.model, tasks=[task.name for task in tasks])
+        model = bundle.attach(base.model, tasks={name: task.name for name, task in adapters.items()})
     except BundleError:
         if len(tasks) == 1:
             raise
         for task in tasks:
             yield from _attached([task], bundle, task_type)
     else:
-        yield model, base.tokenizer, tasks
+        yield model, base.tokenizer, adapters
 
 
 def _check_layers(adapter: Adapter, base: LoadedBase, task: TaskFile) -> None:

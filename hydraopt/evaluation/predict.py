@@ -87,8 +87,8 @@ def predict_texts(
                 generation_config=greedy,
                 logits_processor=LogitsProcessorList([watch]),
             )
-        if decoder:
-            answers = answers[:, padded["input_ids"].shape[1] :]
+        before = padded["input_ids"].shape[1] if decoder else 1 + (forced_start(model) is not None)
+        answers = answers[:, before:]
         texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
         for row, text, broken in zip(batch, texts, watch.broken.tolist(), strict=True):
             predicted[row] = None if broken else text.strip()

@@ -4,7 +4,6 @@ models with tokenizers and tasks of their own. Nothing is downloaded."""
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,12 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tiny_models import TOPICS, save_model, topic_rows, topic_word, word_tokenizer, write_rows
 from transformers import (
     BertConfig,
     BertModel,
     LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -111,30 +109,6 @@ def workshop(tmp_path) -> Workshop:
     return Workshop(tmp_path / "adapters")
 
 
-TOPICS = {
-    "fruit": ["apple", "pear", "plum", "cherry"],
-    "metal": ["iron", "copper", "zinc", "nickel"],
-    "colour": ["red", "green", "blue", "yellow"],
-}
-FILLERS = [
-    "the",
-    "a",
-    "some",
-    "my",
-    "is",
-    "was",
-    "very",
-    "nice",
-    "old",
-    "new",
-    "here",
-    "there",
-    "and",
-    "with",
-]
-SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-
-
 @pytest.fixture(scope="session")
 def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A two-layer BERT without a classifier, with dropout, so that training depends on the random state."""
@@ -152,7 +126,7 @@ def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         initializer_range=0.1,  # with the usual 0.02 so small a model tells words apart too little to learn
         pad_token_id=tokenizer.pad_token_id,
     )
-    save(BertModel, config, tokenizer, folder)
+    save_model(BertModel, config, tokenizer, folder)
     return folder
 
 
@@ -174,7 +148,7 @@ def tiny_decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=None,
     )
-    save(LlamaForCausalLM, config, tokenizer, folder)
+    save_model(LlamaForCausalLM, config, tokenizer, folder)
     return folder
 
 
@@ -194,7 +168,7 @@ def tiny_seq2seq(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pad_token_id=tokenizer.pad_token_id,
         decoder_start_token_id=tokenizer.pad_token_id,
     )
-    save(T5ForConditionalGeneration, config, tokenizer, folder)
+    save_model(T5ForConditionalGeneration, config, tokenizer, folder)
     return folder
 
 
@@ -250,44 +224,3 @@ def echo_task(tmp_path: Path) -> Callable[..., TaskFile]:
         return TaskFile.load(path)
 
     return make
-
-
-def topic_rows(count: int, seed: int) -> list[dict[str, str]]:
-    rng = random.Random(seed)
-    rows = []
-    for index in range(count):
-        label = list(TOPICS)[index % len(TOPICS)]
-        words = [rng.choice(FILLERS) for _ in range(rng.randint(1, 9))]
-        words.insert(rng.randint(0, len(words)), rng.choice(TOPICS[label]))
-        rows.append({"text": " ".join(words), "label": label})
-    return rows
-
-
-def topic_word(text: str) -> str:
-    return next(word for word in text.split() if word not in FILLERS)
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def word_tokenizer(**settings: Any) -> PreTrainedTokenizerFast:
-    words = [*SPECIALS, *FILLERS, *(word for topic in TOPICS.values() for word in topic)]
-    vocabulary = {word: index for index, word in enumerate(words)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    ids = {special: vocabulary[special] for special in SPECIALS}
-    frame = {"cls_token": "[CLS] $A [SEP]", "bos_token": "[CLS] $A"}
-    single = next((template for token, template in frame.items() if token in settings), "$A [SEP]")
-    tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=list(ids.items()))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **settings)
-
-
-def save(kind: Any, config: Any, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(7)
-        model = kind(config)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)

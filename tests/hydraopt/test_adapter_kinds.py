@@ -413,13 +413,26 @@ def test_kinds_of_other_spaces_share_a_bundle_but_not_a_model(tmp_path):
             bundle.attach(llama(), tasks=wrong)
 
 
+@pytest.mark.parametrize("case", ["dora", "embedding", "vera", "prompt", "modules to save"])
+@pytest.mark.parametrize("task", ["intent.pt-BR", "update"])
+def test_tasks_that_torch_takes_no_adapter_of_their_name_for_get_another(case, task, tmp_path):
+    base, config, _ = CASES[case]
+    expected = trained(base, config, tmp_path / "a")
+    bundle = hydraopt.merge({task: tmp_path / "a"}, budget=1.0, dtype="float32")
+    with pytest.raises(BundleError, match=f"'{task}'.*no adapter named '{task}'.*tasks="):
+        bundle.attach(base())
+    attached = bundle.attach(base(), tasks={"mine": task})
+    torch.testing.assert_close(logits(attached), expected, rtol=0, atol=1e-4)
+    assert list(attached.peft_config) == ["mine"]
+
+
 def test_a_layer_replaced_by_one_task_and_updated_by_another_is_not_attached(tmp_path):
     """PEFT cannot hold both in one model; export can."""
     for task in ("output table", "modules to save"):
         trained(llama, CASES[task][1], tmp_path / task.split()[0])
     bundle = hydraopt.merge({task: tmp_path / task for task in ("output", "modules")}, budget=1.0)
     with pytest.raises(BundleError, match=r"'modules' replaces 'lm_head' whole.*'output' updates it.*Export"):
-        bundle.attach(llama())
+        bundle.attach(llama(), tasks={"a": "modules", "b": "output"})
     assert len(bundle.export(tmp_path / "out")) == 2
 
 

@@ -240,6 +240,27 @@ def test_the_command_says_what_it_calibrated_with(topic_task, tiny_encoder, tmp_
     assert len(hydraopt.verify(tmp_path / "bundle").recipe.calibration) == 64
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--calibrate-rows", "4"], "--calibrate-rows 4 without --calibrate"),
+        (["--calibrate", "a.yaml", "--calibrate", "./a.yaml"], "a.yaml is given twice"),
+        (
+            ["--calibrate", "a.yaml", "--method", "ties"],
+            "not for --method ties, but for hydraopt, paper, separate",
+        ),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_before_anything_is_read(options, words):
+    from click.testing import CliRunner
+
+    from flows.command_line import main
+
+    result = CliRunner().invoke(main, ["merge", "nowhere", "--out", "out", *options])
+    assert result.exit_code == 2
+    assert words in " ".join(result.stderr.replace("│", "").split())
+
+
 def test_a_decoder_reads_the_prompt_and_the_answer(echo_task, tiny_decoder, tmp_path):
     task = echo_task(tiny_decoder)
     base = load_base(str(tiny_decoder), None, "CAUSAL_LM")
@@ -268,6 +289,18 @@ def test_an_encoder_decoder_reads_both_sides(echo_task, tiny_seq2seq, tmp_path):
     with second_moments([task], {"echo": adapter}, rows=5) as found:
         assert set(found) == set(adapter.modules)
         assert any(name.startswith("decoder") for name in found)
+
+
+def test_each_adapter_is_held_to_the_model_of_its_own_kind(topic_task, tiny_seq2seq, tmp_path):
+    """T5's layers have other names in a classifier, so rows for the one say nothing of the other's."""
+    generator = load_base(str(tiny_seq2seq), None, "SEQ_2_SEQ_LM")
+    words = lora(generator.model, tmp_path / "words", tiny_seq2seq, ["q"], "SEQ_2_SEQ_LM")
+    classifier = load_base(str(tiny_seq2seq), None, "SEQ_CLS", num_labels=3)
+    labels = lora(classifier.model, tmp_path / "labels", tiny_seq2seq, ["q"], "SEQ_CLS")
+    assert not set(words.modules) & set(labels.modules)
+    task = topic_task(base_model=str(tiny_seq2seq))
+    with second_moments([task], {"words": words, "labels": labels}, rows=2) as found:
+        assert set(found) == set(labels.modules)
 
 
 def test_what_cannot_be_calibrated_is_refused(topic_task, tiny_encoder, workshop, tmp_path):

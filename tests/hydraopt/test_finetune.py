@@ -11,16 +11,31 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from filelock import FileLock
 from safetensors.torch import load_file
+from tiny_models import TOPICS, save_model, word_tokenizer
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DebertaV2Config,
+    DebertaV2Model,
+    DistilBertConfig,
+    DistilBertModel,
+    ElectraConfig,
+    ElectraModel,
+    RobertaConfig,
+    RobertaModel,
+)
 
 import hydraopt
+from hydraopt.base_models import load_base
 from hydraopt.errors import TaskFileError
-from hydraopt.evaluation.evaluate import evaluate_adapter
+from hydraopt.evaluation.evaluate import evaluate_adapter, evaluate_bundle
 from hydraopt.evaluation.task_file import TaskFile
 from hydraopt.training.finetune import finetune, training_key
 from hydraopt.training.nuclear_decay import soft_threshold
@@ -325,13 +340,6 @@ def test_two_trainings_of_one_task_do_not_share_checkpoints(topic_task, tmp_path
         finetune(task, tmp_path / "out", work=work, device="cpu")
 
 
-def test_a_training_that_diverges_publishes_nothing(topic_task, tmp_path):
-    task = topic_task(training={"epochs": 2, "batch_size": 8, "learning_rate": 1e30})
-    with pytest.raises(TaskFileError, match=r"diverged.*learning_rate"):
-        finetune(task, tmp_path / "out", work=tmp_path / "work", device="cpu")
-    assert not (tmp_path / "out").exists()
-
-
 def test_target_modules_the_base_does_not_have_are_told(topic_task, tmp_path):
     task = topic_task(lora={"target_modules": ["q_proj"]})
     with pytest.raises(TaskFileError, match=r"q_proj.*tiny-encoder"):
@@ -403,3 +411,129 @@ def test_the_adapter_file_can_be_read_by_others(topic_task, tmp_path):
     mask = os.umask(0)
     os.umask(mask)
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o666 & ~mask}
+
+
+def roberta(size: int) -> Any:
+    return RobertaConfig(
+        vocab_size=size, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48,
+        max_position_embeddings=40, initializer_range=0.1, pad_token_id=0, bos_token_id=2, eos_token_id=3,
+    )  # fmt: skip
+
+
+def electra(size: int) -> Any:
+    return ElectraConfig(
+        vocab_size=size, embedding_size=32, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=48, initializer_range=0.1, pad_token_id=0,
+    )  # fmt: skip
+
+
+def distilbert(size: int) -> Any:
+    return DistilBertConfig(
+        vocab_size=size, dim=32, n_layers=1, n_heads=2, hidden_dim=48, initializer_range=0.1, pad_token_id=0
+    )
+
+
+def deberta(size: int) -> Any:
+    return DebertaV2Config(
+        vocab_size=size, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48,
+        initializer_range=0.1, pad_token_id=0,
+    )  # fmt: skip
+
+
+HEADS = {
+    "roberta": (roberta, RobertaModel, {"classifier.dense", "classifier.out_proj"}),
+    "electra": (electra, ElectraModel, {"classifier.dense", "classifier.out_proj"}),
+    "distilbert": (distilbert, DistilBertModel, {"pre_classifier", "classifier"}),
+    "deberta": (deberta, DebertaV2Model, {"pooler.dense", "classifier"}),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_head_of_several_layers_is_trained_saved_and_read_back(topic_task, tmp_path, name):
+    """PEFT wraps the whole head of a classifier by itself; its layers saved one by one could not be read again."""
+    config, kind, layers = HEADS[name]
+    tokenizer = word_tokenizer(cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]", unk_token="[UNK]")
+    save_model(kind, config(len(tokenizer)), tokenizer, tmp_path / name)
+    task = topic_task(base_model=str(tmp_path / name))
+
+    finetune(task, tmp_path / "a", work=tmp_path / "w", device="cpu")
+
+    whole = {key.removeprefix("base_model.model.") for key in tensors(tmp_path / "a") if "lora_" not in key}
+    assert whole == {f"{layer}.{leaf}" for layer in layers for leaf in ("weight", "bias")}
+    own = evaluate_adapter(task, tmp_path / "a", device="cpu")
+    bundle = hydraopt.merge({"topic": tmp_path / "a"}, budget=None, max_error=1e-9, dtype="float32")
+    assert evaluate_bundle(task, bundle, device="cpu") == own
+    exported = bundle.export(tmp_path / "out")["topic"]
+    assert evaluate_adapter(task, exported, device="cpu") == own
+
+
+def test_a_base_with_a_head_of_its_own_gets_one_for_the_task(topic_task, tiny_encoder, tmp_path):
+    """Of another size, and made for several labels at once: neither is the task's."""
+    model = AutoModelForSequenceClassification.from_pretrained(
+        tiny_encoder, num_labels=5, problem_type="multi_label_classification"
+    )
+    model.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(tiny_encoder).save_pretrained(tmp_path / "base")
+    task = topic_task(base_model=str(tmp_path / "base"))
+    finetune(task, tmp_path / "a", work=tmp_path / "w", device="cpu")
+    assert tensors(tmp_path / "a")["base_model.model.classifier.weight"].shape == (3, 32)
+    assert evaluate_adapter(task, tmp_path / "a", device="cpu").samples == 30
+
+    five = topic_task(base_model=str(tmp_path / "base"), labels=[*TOPICS, "more", "still more"], name="five")
+    finetune(five, tmp_path / "b", work=tmp_path / "w", device="cpu")
+    assert load_base(five.base_model, None, "SEQ_CLS", num_labels=5).new_layers == ()  # its own is kept
+
+
+def test_files_of_another_size_than_their_configuration_are_refused(topic_task, tiny_encoder, tmp_path):
+    shutil.copytree(tiny_encoder, tmp_path / "base")
+    path = tmp_path / "base" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"intermediate_size": 48}))
+    task = topic_task(base_model=str(tmp_path / "base"))
+    with pytest.raises(TaskFileError, match=r"layer\.0\..*\[.*64.*calls for.*48.*do not belong together"):
+        finetune(task, tmp_path / "a", work=tmp_path / "w", device="cpu")
+
+
+def test_a_frozen_a_of_an_embedding_table_is_refused(topic_task, tmp_path):
+    """PEFT starts it at zero, so that B would get no gradient, ever."""
+    task = topic_task(lora={"freeze_a": True, "target_modules": ["word_embeddings", "query"]})
+    with pytest.raises(TaskFileError, match=r"freeze_a.*word_embeddings.*starts at zero"):
+        finetune(task, tmp_path / "a", work=tmp_path / "w", device="cpu")
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_a_training_that_diverges_says_so_whatever_is_taken_off(topic_task, tmp_path, decay):
+    settings = {"epochs": 2, "batch_size": 8, "learning_rate": 1e30, "nuclear_decay": decay}
+    task = topic_task(training=settings, lora={"r": 4, "freeze_a": True})
+    with pytest.raises(TaskFileError, match=r"diverged.*learning_rate"):
+        finetune(task, tmp_path / "out", work=tmp_path / "work", device="cpu")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("moment", ["before the new one is there", "after it"])
+def test_an_adapter_set_aside_by_a_killed_run_comes_back_or_goes(topic_task, tmp_path, monkeypatch, moment):
+    task = topic_task()
+    finetune(task, tmp_path / "out", work=tmp_path / "work", device="cpu")
+    former = tensors(tmp_path / "out")
+    shutil.copytree(tmp_path / "out", tmp_path / ".out.old")
+    if moment == "before the new one is there":
+        shutil.rmtree(tmp_path / "out")
+
+    def killed(*_: object) -> None:
+        raise StopTrainingError
+
+    monkeypatch.setattr("hydraopt.training.finetune._publish", killed)
+    with pytest.raises(StopTrainingError):
+        finetune(task, tmp_path / "out", work=tmp_path / "work", device="cpu")
+    assert not (tmp_path / ".out.old").exists()
+    assert all(torch.equal(tensor, former[name]) for name, tensor in tensors(tmp_path / "out").items())
+
+
+def test_answers_as_long_as_allowed_are_learnt_whole(echo_task, tiny_decoder, tmp_path):
+    """With room for one token that token is the answer, not the end."""
+    task = echo_task(
+        tiny_decoder, max_new_tokens=1, training={"epochs": 30, "batch_size": 8, "learning_rate": 0.02}
+    )
+    finetune(task, tmp_path / "a", work=tmp_path / "w", device="cpu")
+    # Learnt by heart; to answer with the end at once would score 0.
+    value = evaluate_adapter(task, tmp_path / "a", rows=task.read_rows("train"), device="cpu").value
+    assert value > 0.5  # measured 1.0

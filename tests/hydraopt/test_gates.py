@@ -117,7 +117,8 @@ def test_no_task_at_all_fails():
 
 
 @pytest.mark.parametrize(
-    "changes", [{"data_digest": "e" * 64}, {"metric": "macro_f1"}, {"samples": 99}, {"task": "other"}]
+    "changes",
+    [{"data_digest": "e" * 64}, {"metric": "macro_f1"}, {"samples": 99}, {"task": "other"}, {"rules": "0"}],
 )
 def test_scores_that_cannot_be_compared_fail(changes):
     result = report({"t": score(0.9)}, {"t": score(0.9, **changes)})
@@ -191,6 +192,8 @@ def test_rules_are_read_from_yaml(tmp_path):
         ("max_task_drop_percent: .nan\n", "max_task_drop_percent.*nan"),
         ("tasks: {t: {max_drop: 1}}\n", "tasks.t.max_drop is not a known key"),
         ("min_samples: 5\nmin_samples: 6\n", "'min_samples' stands twice"),
+        ("min_samples: yes\n", "min_samples: expected a number.*True"),
+        ("tasks: {t: {max_drop_percent: off}}\n", "tasks.t.max_drop_percent: expected a number.*False"),
     ],
 )
 def test_wrong_rules_are_told_with_the_key_and_the_value(tmp_path, text, words):

@@ -81,6 +81,8 @@ def test_data_is_found_relative_to_the_task_file(tmp_path, monkeypatch):
         ({"name": "../up"}, ["'../up'", "not allowed"]),
         ({"kind": "regression"}, ["kind", "regression"]),
         ({"lora": {"r": 0}}, ["lora.r", "found 0"]),
+        ({"lora": {"r": True}}, ["lora.r", "expected a number", "True"]),
+        ({"training": {"learning_rate": True}}, ["training.learning_rate", "expected a number", "True"]),
         ({"lora": {"rank": 4}}, ["lora.rank", "not a known key"]),
         ({"training": {"learning_rate": float("nan")}}, ["training.learning_rate", "nan"]),
         ({"training": {"epochs": 2.5}}, ["training.epochs", "2.5"]),
@@ -152,6 +154,17 @@ def test_a_wrong_row_is_told_with_its_line(tmp_path, text, words):
     write(tmp_path, text, "test.jsonl")
     with pytest.raises(TaskFileError, match=words):
         load(tmp_path).read_rows("test")
+
+
+def test_a_table_is_told_from_json_lines(tmp_path):
+    (tmp_path / "test.jsonl").write_text("text,label\na,refund\n")
+    with pytest.raises(TaskFileError, match=r"JSON lines.*line 1: not JSON"):
+        load(tmp_path).read_rows("test")
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path):
+    (tmp_path / "test.jsonl").write_text(lines(*ROWS), encoding="utf-8-sig")
+    assert load(tmp_path).read_rows("test") == ROWS
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path):
@@ -290,6 +303,19 @@ def test_a_data_set_gives_class_names_for_class_numbers(tmp_path):
     assert task.definition()["data"]["hub"]["name"] == str(tmp_path / "set")
     with pytest.raises(TaskFileError, match="no train data"):
         task.read_rows("train")
+
+
+def test_rows_without_a_label_in_a_data_set_are_told(tmp_path):
+    """Test splits of competitions say -1."""
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["refund", "delivery"])}
+    )
+    data = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, -1]}, features=features)
+    (tmp_path / "set").mkdir()
+    data.to_parquet(tmp_path / "set" / "test.parquet")
+    task = load(tmp_path, data={"hub": {"name": str(tmp_path / "set")}})
+    with pytest.raises(TaskFileError, match=r"split 'test', row 1: 'label' is -1.*0 to 1.*another split"):
+        task.read_rows("test")
 
 
 def test_a_data_set_that_cannot_be_loaded_is_named(tmp_path):

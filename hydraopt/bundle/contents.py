@@ -10,7 +10,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -28,7 +27,8 @@ from hydraopt.bundle.layout import (
     task_file,
 )
 from hydraopt.bundle.manifest_file import check_outside, find_manifest, read_manifest, stray_files
-from hydraopt.bundle.saved_file import SavedFile, read_saved
+from hydraopt.bundle.saved_file import SavedFile, find_saved, read_saved
+from hydraopt.bundle.scratch import Scratch
 from hydraopt.bundle.stored_rows import Link, Reader, StoredRows
 from hydraopt.bundle.tensor_bytes import encode
 from hydraopt.bundle.whole_folder import is_vacant, write_file
@@ -49,13 +49,14 @@ class BundleContents:
 
     ``shared`` and each of ``heads`` are flat tensors of bytes, see :mod:`hydraopt.bundle.layout`; ``extras`` are
     whole-layer tensors by their name in the adapter. ``kept`` are the files, by their path inside a bundle, that
-    already hold some of it byte for byte.
+    already hold some of it byte for byte. ``scratch`` is where all of it lies, unless that is plain memory.
     """
 
     shared: Tensor
     heads: dict[str, Tensor]
     extras: dict[str, dict[str, Tensor]]
     kept: Mapping[str, SavedFile] = field(default_factory=dict)
+    scratch: tuple[Scratch, ...] = ()
 
     def encode_shared(self) -> list[memoryview]:
         """The bytes of ``shared.safetensors``, in parts."""
@@ -64,6 +65,13 @@ class BundleContents:
     def encode_task(self, task: str) -> list[memoryview]:
         """The bytes of one task's file, in parts."""
         return encode({FACTORS_TENSOR: self.heads[task], **self.extras[task]})
+
+    def let_go(self, task: str | None) -> None:
+        """Leave the bytes of a task's file, or of the shared one, to the system where they lie in a scratch file."""
+        tensors = [self.shared] if task is None else [self.heads[task], *self.extras[task].values()]
+        for scratch in self.scratch:
+            for tensor in tensors:
+                scratch.let_go(tensor)
 
     def write(self, folder: Path) -> None:
         """Write every file into a bundle's empty folder, and wait for the disk."""
@@ -74,6 +82,7 @@ class BundleContents:
             if kept is None or not kept.link(folder / name):
                 parts = self.encode_shared() if task is None else self.encode_task(task)
                 write_file(folder / name, *parts)
+                self.let_go(task)
 
         with ThreadPoolExecutor(_WRITERS) as pool:  # while one waits for the disk another one copies
             jobs = [pool.submit(write, task_file(task), task) for task in self.heads]
@@ -86,7 +95,7 @@ def container_bytes(extras: Mapping[str, Mapping[str, Tensor]]) -> int:
     """An upper bound of the bytes of all tensor files without their factors."""
     empty = torch.empty(0, dtype=torch.uint8)
     files = [{SHARED_TENSOR: empty}] + [{FACTORS_TENSOR: empty, **tensors} for tensors in extras.values()]
-    return sum(len(safetensors.torch.save(dict(tensors))) + _DIGITS_SLACK for tensors in files)
+    return sum(sum(part.nbytes for part in encode(tensors)) + _DIGITS_SLACK for tensors in files)
 
 
 class Bundle:
@@ -261,20 +270,24 @@ class Bundle:
         path = Path(path)
         manifest = read_manifest(path)
         entries = manifest.files()
+        found = {name: find_saved(path, name, entry) for name, entry in entries.items()}
+        scratch = Scratch(entry.bytes for entry in entries.values())
+        room = {name: scratch.take(entry.bytes) for name, entry in entries.items()}
+
+        def read_one(name: str) -> tuple[dict[str, Tensor], SavedFile]:
+            tensors_and_file = read_saved(found[name], entries[name], room[name])
+            scratch.let_go(room[name])
+            return tensors_and_file
+
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            read = dict(
-                zip(
-                    entries,
-                    pool.map(lambda name: read_saved(path, name, entries[name]), entries),
-                    strict=True,
-                )
-            )
+            read = dict(zip(entries, pool.map(read_one, entries), strict=True))
         tensors = {name: found for name, (found, _) in read.items()}
         files = {task: task_file(task) for task in manifest.task_names}
         contents = BundleContents(
             _take(tensors[SHARED_FILE], SHARED_TENSOR, path / SHARED_FILE),
             {task: _take(tensors[name], FACTORS_TENSOR, path / name) for task, name in files.items()},
             {task: tensors[name] for task, name in files.items()},
+            scratch=(scratch,),
         )
         _check_sizes(path, manifest, contents)
         bundle = cls(manifest, contents)
@@ -350,6 +363,7 @@ def _finite_parts(bundle: Bundle) -> Iterator[tuple[str, bool]]:
         for name, extra in bundle.contents.extras[task].items():
             if extra.is_floating_point():
                 yield f"{task_file(task)}:{name}", all_finite(extra)
+        bundle.contents.let_go(task)
 
 
 def _take(tensors: dict[str, Tensor], name: str, file: Path) -> Tensor:

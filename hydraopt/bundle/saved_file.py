@@ -15,7 +15,6 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from hydraopt.adapters.tensor_file import TensorFile
@@ -43,22 +42,36 @@ class SavedFile:
         return False
 
 
-def read_saved(folder: Path, name: str, entry: FileEntry) -> tuple[dict[str, Tensor], SavedFile]:
-    """The tensors of a bundle's file: views of one buffer, whose digest was compared with the manifest's.
+def find_saved(folder: Path, name: str, entry: FileEntry) -> Path:
+    """A bundle's file, which is as long as the manifest says.
 
     Raises:
-        BundleError: If the file is missing, a link that leads out of the folder, damaged, or no safetensors file.
+        BundleError: If it is missing, a link that leads out of the folder, or of another length.
     """
     file = own_file(folder, name, BundleError)
     if not file.is_file():
         raise BundleError(f"{folder}: {name} is missing")
+    _check_length(file, file.stat().st_size, entry)
+    return file
+
+
+def read_saved(file: Path, entry: FileEntry, room: Tensor) -> tuple[dict[str, Tensor], SavedFile]:
+    """The tensors of a bundle's file: views of one buffer, whose digest was compared with the manifest's.
+
+    Args:
+        file: What :func:`find_saved` found.
+        entry: What the manifest says of it.
+        room: As many bytes, to be read into.
+
+    Raises:
+        BundleError: If it is damaged, changes meanwhile, or is no safetensors file.
+    """
     with file.open("rb", buffering=0) as handle:
-        before = os.fstat(handle.fileno())
-        data = torch.empty(before.st_size, dtype=torch.uint8)
-        view, got = data.numpy().data, 0
-        while got < before.st_size and (count := handle.readinto(view[got:])):
+        view, got = room.numpy().data, 0
+        while got < room.nbytes and (count := handle.readinto(view[got:])):
             got += count
         state = _state(os.fstat(handle.fileno()))
+    _check_length(file, state[2], entry)
     digest = hashlib.sha256(view[:got]).hexdigest()
     if digest != entry.sha256:
         raise BundleError(
@@ -69,11 +82,18 @@ def read_saved(folder: Path, name: str, entry: FileEntry) -> tuple[dict[str, Ten
         raise BundleError(f"{file}: the file was changed while it was read; load the bundle again")
     found = {}
     for key, one in tensors.entries.items():
-        part = data[one.begin : one.begin + one.size]
+        part = room[one.begin : one.begin + one.size]
         if one.begin % one.dtype.itemsize:  # no writer of today does that
             part = part.clone()
         found[key] = part.view(one.dtype).view(one.shape)
     return found, SavedFile(file, state)
+
+
+def _check_length(file: Path, found: int, entry: FileEntry) -> None:
+    if found != entry.bytes:
+        raise BundleError(
+            f"{file}: has {found} bytes, but the manifest says {entry.bytes}; fetch the bundle again"
+        )
 
 
 def _state(status: os.stat_result) -> tuple[int, int, int, int]:

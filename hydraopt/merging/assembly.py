@@ -27,6 +27,7 @@ from hydraopt.bundle.layout import (
     head_sizes,
     shared_blocks,
 )
+from hydraopt.bundle.scratch import Scratch
 from hydraopt.bundle.tensor_bytes import describe
 from hydraopt.merging.option import Choice, Ints, StoredModule, ends, trimmed
 from hydraopt.precision import Block
@@ -93,8 +94,11 @@ class Assembly:
         self.recipe = recipe
         self.modules = modules
         self.tasks = tuple(adapters)
+        self.scratch = Scratch(
+            one.file.entries[name].size for one in adapters.values() for name in one.extras
+        )
         self.extras: dict[str, dict[str, Tensor]] = {
-            task: {name: adapter.extra(name) for name in adapter.extras}  # noqa: S610 - not Django's
+            task: {name: self.scratch.keep(adapter.extra(name)) for name in adapter.extras}  # noqa: S610 - not Django's
             for task, adapter in adapters.items()
         }
         # Bytes of a module's entry beside its counts, by module, family and groups.
@@ -272,8 +276,8 @@ class Assembly:
             stored: The modules, in the same order; taken one at a time.
             digests: Of the adapters; asked for last.
         """
-        shared, heads, errors = self.flats(entries, stored)
-        contents = BundleContents(shared, heads, self.extras)
+        shared, heads, errors, scratch = self.flats(entries, stored)
+        contents = BundleContents(shared, heads, self.extras, scratch=(self.scratch, scratch))
         tasks = self.task_entries(contents, errors, digests)
         manifest = self._manifest(entries, describe(contents.encode_shared()), tasks, errors.mean(self.tasks))
         return Bundle(manifest, contents)
@@ -288,8 +292,14 @@ class Assembly:
             errors: Of the tasks.
             digests: Of the adapters.
         """
+
+        def described(task: str) -> FileEntry:
+            entry = describe(contents.encode_task(task))
+            contents.let_go(task)
+            return entry
+
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            files = pool.map(lambda task: describe(contents.encode_task(task)), self.tasks)
+            files = pool.map(described, self.tasks)
             return {
                 task: self._task_entry(task, digests[task], file, errors.relative(task))
                 for task, file in zip(self.tasks, files, strict=True)
@@ -297,27 +307,31 @@ class Assembly:
 
     def flats(
         self, entries: Sequence[ModuleEntry], stored: Iterable[StoredModule]
-    ) -> tuple[Tensor, dict[str, Tensor], Errors]:
-        """The shared part, the tasks' heads, each as a flat tensor of bytes, and the tasks' errors."""
+    ) -> tuple[Tensor, dict[str, Tensor], Errors, Scratch]:
+        """The shared part and the tasks' heads as flat tensors of bytes, the tasks' errors, and where the bytes lie."""
         bits = self.recipe.precisions
-        shared = _Flat(sum(block.bytes for entry in entries for block in shared_blocks(entry, bits)))
-        sizes = [head_sizes(entry, bits) for entry in entries]
-        heads = {task: _Flat(sum(one[k] for one in sizes)) for k, task in enumerate(self.tasks)}
+        common = sum(block.bytes for entry in entries for block in shared_blocks(entry, bits))
+        by_module = [head_sizes(entry, bits) for entry in entries]
+        sizes = [sum(one[k] for one in by_module) for k in range(len(self.tasks))]
+        scratch = Scratch([common, *sizes])
+        shared = _Flat(scratch.take(common))
+        heads = {task: _Flat(scratch.take(size)) for task, size in zip(self.tasks, sizes, strict=True)}
         errors = Errors(dict.fromkeys(self.tasks, 0.0), dict.fromkeys(self.tasks, 0.0))
         for module in stored:
             shared.append(module.shared)
             for task, blocks in module.heads.items():
                 heads[task].append(blocks)
             errors.add(module)
-        return shared.whole(), {task: flat.whole() for task, flat in heads.items()}, errors
+            scratch.let_go()
+        return shared.whole(), {task: flat.whole() for task, flat in heads.items()}, errors, scratch
 
 
 class _Flat:
-    """Bytes written one block after the other into a tensor whose size is known beforehand."""
+    """Bytes written one block after the other into room whose size is known beforehand."""
 
-    def __init__(self, size: int) -> None:
-        # NumPy asks for large pages: small ones are mapped at a gigabyte a second.
-        self._flat = np.empty(size, dtype=np.uint8)
+    def __init__(self, room: Tensor) -> None:
+        self._room = room
+        self._flat = room.numpy()
         self._filled = 0
 
     def append(self, blocks: Iterable[Block]) -> None:
@@ -338,5 +352,4 @@ class _Flat:
             raise RuntimeError(
                 f"the layout calls for {self._flat.size} bytes, but {self._filled} were written"
             )
-        # An empty array has strides that a tensor cannot be viewed with.
-        return torch.from_numpy(self._flat) if self._filled else torch.empty(0, dtype=torch.uint8)
+        return self._room

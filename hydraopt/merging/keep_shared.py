@@ -134,13 +134,14 @@ class KeepingRun:
             entry.model_copy(update={"shared": self.factors[entry.name].entry.shared})
             for entry in self.assembly.entries(choices)
         ]
-        _, heads, errors = self.assembly.flats(entries, self._build(choices))
+        _, heads, errors, scratch = self.assembly.flats(entries, self._build(choices))
         kept = {SHARED_FILE, *map(task_file, self.kept)}
         contents = BundleContents(
             self.former.contents.shared,
             {task: self.former.contents.heads[task] for task in self.kept} | heads,
             {task: self.former.contents.extras[task] for task in self.kept} | self.assembly.extras,
             {name: file for name, file in self.former.files.items() if name in kept},
+            (*self.former.contents.scratch, self.assembly.scratch, scratch),
         )
         fresh = self.assembly.task_entries(contents, errors, self.digests)
         manifest = self._manifest(entries, fresh)

@@ -26,6 +26,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from hydraopt.devices import find_device
 from hydraopt.errors import TaskFileError
 
 TaskType = Literal["SEQ_CLS", "CAUSAL_LM", "SEQ_2_SEQ_LM"]
@@ -98,7 +99,7 @@ def load_base(
         task_type: Which head the model gets.
         num_labels: Width of the classification head, for ``SEQ_CLS``.
         dtype: Name of the torch dtype of the weights.
-        device: A torch device, or "auto".
+        device: As for :func:`hydraopt.devices.find_device`.
 
     Returns:
         The model in evaluation mode and its tokenizer. Loading the same name twice gives equal weights,
@@ -106,6 +107,7 @@ def load_base(
 
     Raises:
         TaskFileError: If the model cannot be found or loaded; the message names it and the ways out.
+        DeviceError: If there is no such device.
     """
     source = name if revision is not None and name in PACKAGED_MODELS else base_model_path(name)
     local = _is_folder(source)
@@ -136,7 +138,7 @@ def load_base(
     _ensure_padding(model, tokenizer)
     replaced = _replaced(name, model, task_type, report["mismatched_keys"])
     new = tuple(sorted({key.rsplit(".", 1)[0] for key in report["missing_keys"] | replaced}))
-    return LoadedBase(model.to(resolve_device(device)).eval(), tokenizer, new)
+    return LoadedBase(model.to(find_device(device)).eval(), tokenizer, new)
 
 
 def _replaced(
@@ -212,23 +214,6 @@ def generation_task_type(name: str, revision: str | None) -> TaskType:
     except (OSError, ValueError, KeyError, huggingface_hub.errors.HfHubHTTPError) as reason:
         raise TaskFileError(_not_loaded(name, revision, reason)) from reason
     return "SEQ_2_SEQ_LM" if config.is_encoder_decoder else "CAUSAL_LM"
-
-
-def resolve_device(device: str) -> str:
-    """The torch device for ``device``: "auto" is the GPU where there is one, else the CPU.
-
-    Raises:
-        TaskFileError: If the device does not exist here.
-    """
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as reason:
-        raise TaskFileError(f"device {device!r} is not known; use auto, cpu or cuda") from reason
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise TaskFileError(f"device {device!r} was asked for, but torch sees no GPU here; use auto or cpu")
-    return device
 
 
 @contextlib.contextmanager

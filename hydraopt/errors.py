@@ -4,6 +4,7 @@ HydraoptError                 anything hydraopt rejects; exit code 2 on the comm
 ├── AdapterFormatError        a folder that is not an adapter we can read exactly
 ├── AdapterMismatchError      adapters that cannot be merged with one another
 ├── BudgetError               a byte budget or error bound nothing can meet
+├── DeviceError               a device to compute on that is not here
 ├── BundleError               a bundle that is damaged, tampered with or incomplete
 ├── TaskFileError             a task file, its data or its base model cannot be used
 ├── ServiceError              a server we need is down, wrong, or answers nonsense
@@ -33,6 +34,10 @@ class AdapterMismatchError(HydraoptError, ValueError):
 
 class BudgetError(HydraoptError, ValueError):
     """No bundle meets the asked byte budget or error bound."""
+
+
+class DeviceError(HydraoptError, ValueError):
+    """There is no such device to compute on."""
 
 
 class BundleError(HydraoptError, ValueError):

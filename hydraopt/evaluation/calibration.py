@@ -27,8 +27,8 @@ from hydraopt.base_models import (
     linear_shapes,
     load_base,
     quiet,
-    resolve_device,
 )
+from hydraopt.devices import find_device
 from hydraopt.errors import TaskFileError
 from hydraopt.evaluation.encoding import encoded_rows
 from hydraopt.evaluation.evaluate import check_base
@@ -90,7 +90,7 @@ def second_moments(
         if module.layer == "linear"
     }
     with tempfile.TemporaryDirectory(prefix="hydraopt-calibration-") as folder:
-        models = _models(chosen, adapters, resolve_device(device))
+        models = _models(chosen, adapters, find_device(device))
         files = _collect(models, sizes, Path(folder), progress)
         yield SecondMoments(files, _digest(chosen))
 
@@ -119,7 +119,7 @@ def _digest(chosen: Sequence[tuple[TaskFile, list[Row]]]) -> str:
 
 
 def _models(
-    chosen: Sequence[tuple[TaskFile, list[Row]]], adapters: Mapping[str, Adapter], device: str
+    chosen: Sequence[tuple[TaskFile, list[Row]]], adapters: Mapping[str, Adapter], device: torch.device
 ) -> list[tuple[Any, Batches]]:
     """A base model of each kind with what it will read; every adapter must fit the model of its own kind."""
     models = {kind: _load(kind, same, device) for kind, same in _by_kind(chosen).items()}
@@ -172,19 +172,19 @@ def _by_kind(
     return kinds
 
 
-def _load(kind: TaskType, chosen: Sequence[tuple[TaskFile, list[Row]]], device: str) -> tuple[Any, Batches]:
+def _load(
+    kind: TaskType, chosen: Sequence[tuple[TaskFile, list[Row]]], device: torch.device
+) -> tuple[Any, Batches]:
     """The base model and what it will read. Its classifier is random, but nothing is taken from behind it."""
     first = chosen[0][0]
-    base = load_base(
-        first.base_model, first.revision, kind, num_labels=len(first.labels) or None, device=device
-    )
+    base = load_base(first.base_model, first.revision, kind, num_labels=len(first.labels) or None)
     examples = []
     for task, rows in chosen:
         for example in encoded_rows(task, base.model, base.tokenizer, rows):
             if kind != "SEQ_2_SEQ_LM":  # there they are what the decoder reads
                 del example["labels"]
             examples.append(example)
-    return base.model, list(_batches(examples))
+    return base.model.to(device), list(_batches(examples))
 
 
 def _batches(examples: Sequence[Mapping[str, list[int]]]) -> Iterator[dict[str, Tensor]]:

@@ -26,10 +26,10 @@ from hydraopt.base_models import (
     generation_task_type,
     load_base,
     quiet,
-    resolve_device,
 )
 from hydraopt.bundle import Bundle
 from hydraopt.bundle.attach import attached_kind
+from hydraopt.devices import find_device
 from hydraopt.errors import AdapterFormatError, BundleError, TaskFileError
 from hydraopt.evaluation.metrics import score_labels, score_texts
 from hydraopt.evaluation.predict import predict_labels, predict_texts
@@ -68,7 +68,7 @@ def evaluate_adapter(
     check_base(task, adapter.base_model, adapter.revision, f"adapter {str(folder)!r}")
     task_type = _task_type(task, adapter.task_type)
     chosen = _choose_rows(task, rows, limit)
-    target = resolve_device(device)
+    target = find_device(device)
     base = load_base(task.base_model, task.revision, task_type, num_labels=len(task.labels) or None)
     _check_layers(adapter, base, task)
     model = _load_adapter(base.model, adapter).to(target)
@@ -124,7 +124,7 @@ def evaluate_bundle_tasks(
     opened = bundle if isinstance(bundle, Bundle) else Bundle.load(Path(bundle))
     together = _fitting_together(tasks, opened)
     chosen = {task.name: _choose_rows(task, (rows or {}).get(task.name), limit) for task in tasks}
-    target = resolve_device(device)
+    target = find_device(device)
     results = {}
     for (task_type, _, _), same in together.items():
         for model, tokenizer, attached in _attached(same, opened, task_type):

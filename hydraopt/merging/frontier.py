@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hydraopt.adapters import Adapter
+from hydraopt.devices import find_device
 from hydraopt.errors import BudgetError
 from hydraopt.merging.budget import relative_error
-from hydraopt.merging.devices import find_device
 from hydraopt.merging.merge import make_recipe, open_set, silent
 from hydraopt.merging.run import MergeRun
 from hydraopt.merging.solving import solve

@@ -11,8 +11,8 @@ from pydantic import ValidationError
 from hydraopt.adapters import Adapter, read_adapter
 from hydraopt.adapters.together import check_kinds
 from hydraopt.bundle.contents import Bundle
+from hydraopt.devices import find_device
 from hydraopt.errors import AdapterMismatchError, BudgetError
-from hydraopt.merging.devices import find_device
 from hydraopt.merging.former import kept_settings
 from hydraopt.merging.keep_shared import KeepingRun
 from hydraopt.merging.run import MergeRun
@@ -94,6 +94,7 @@ def merge(
             bundle that is kept.
         BundleError: If the bundle that is kept is damaged, or was made with other settings than are asked for.
         BudgetError: If the budget, error or rank cannot be met.
+        DeviceError: If there is no such device.
         AdapterFormatError: If an adapter cannot be read exactly.
     """
     given: dict[str, object] = {

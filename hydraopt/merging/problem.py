@@ -20,8 +20,8 @@ from torch import Tensor
 
 from hydraopt.adapters import Adapter
 from hydraopt.errors import AdapterMismatchError
-from hydraopt.merging.devices import start
 from hydraopt.merging.factor_stacks import read_scaled, tasks_with
+from hydraopt.merging.gpu_linalg import start
 from hydraopt.merging.kept_factors import KeptFactors
 from hydraopt.merging.small_eigen import eigh
 

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from hydraopt.merging.devices import solved
+from hydraopt.merging.gpu_linalg import solved
 from hydraopt.merging.option import StoredModule
 from hydraopt.merging.problem import ModuleProblem, Projected, squared_errors
 from hydraopt.precision import Block

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from hydraopt.adapters import Adapter
 from hydraopt.adapters.similarity import Similarity, similarity
+from hydraopt.devices import find_device
 from hydraopt.merging import separate
 from hydraopt.merging.budget import relative_error, within_budget
-from hydraopt.merging.devices import find_device
 from hydraopt.merging.merge import make_recipe, open_set, silent
 from hydraopt.merging.run import MergeRun
 from hydraopt.progress import Progress

@@ -44,8 +44,8 @@ from hydraopt.base_models import (
     is_head,
     load_base,
     quiet,
-    resolve_device,
 )
+from hydraopt.devices import find_device
 from hydraopt.errors import TaskFileError
 from hydraopt.evaluation.encoding import IGNORED, encoded_rows
 from hydraopt.evaluation.rows import Row, rows_digest
@@ -105,9 +105,10 @@ def finetune(
     Raises:
         TaskFileError: If the data or the base model is unusable, ``out`` holds something else, another
             process trains the same task in ``work``, or the training diverges.
+        DeviceError: If there is no such device.
     """
     started = time.monotonic()
-    out, work = Path(out), Path(work)
+    out, work, where = Path(out), Path(work), find_device(device)
     _check_out(out)
     rows = task.read_rows("train")
     key = _training_key(task, rows_digest(rows))
@@ -118,7 +119,7 @@ def finetune(
         _recover(out)
         with _isolated_randomness(), quiet(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the libraries' advice to one another
-            model, base = _new_adapter(task, resolve_device(device))
+            model, base = _new_adapter(task, where)
             trainer = _trainer(
                 task,
                 model,
@@ -126,7 +127,7 @@ def finetune(
                 rows,
                 folder=folder,
                 checkpoint_steps=checkpoint_steps,
-                device=device,
+                device=where,
                 progress=progress,
             )
             trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
@@ -142,7 +143,7 @@ def _training_key(task: TaskFile, rows: str) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def _new_adapter(task: TaskFile, device: str) -> tuple[Any, LoadedBase]:
+def _new_adapter(task: TaskFile, device: torch.device) -> tuple[Any, LoadedBase]:
     """The base model with a fresh adapter: A from the task's init seed, B zero, head as the base is loaded."""
     task_type: TaskType = (
         "SEQ_CLS" if task.kind == "classification" else generation_task_type(task.base_model, task.revision)
@@ -205,12 +206,12 @@ def _trainer(
     *,
     folder: Path,
     checkpoint_steps: int,
-    device: str,
+    device: torch.device,
     progress: Progress | None,
 ) -> Any:
     settings = task.training
     steps = -(-len(rows) // settings.batch_size) * settings.epochs
-    on_cpu = resolve_device(device) == "cpu"
+    on_cpu = device.type == "cpu"
     arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=settings.epochs,

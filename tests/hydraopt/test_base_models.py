@@ -21,7 +21,6 @@ from hydraopt.base_models import (
     load_base,
     load_base_model,
     quiet,
-    resolve_device,
 )
 from hydraopt.errors import TaskFileError
 
@@ -119,19 +118,6 @@ def test_a_hub_that_cannot_be_reached_is_told_with_the_ways_out(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(TaskFileError, match=r"'somebody/some-model' at revision 'v1'.*local folder"):
         load_base("somebody/some-model", "v1", "CAUSAL_LM")
-
-
-def test_devices():
-    assert resolve_device("cpu") == "cpu"
-    assert resolve_device("auto") == ("cuda" if torch.cuda.is_available() else "cpu")
-    with pytest.raises(TaskFileError, match="'abacus'"):
-        resolve_device("abacus")
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU where there is none")
-def test_a_gpu_that_is_not_there_is_refused():
-    with pytest.raises(TaskFileError, match="no GPU"):
-        resolve_device("cuda")
 
 
 def test_quiet_puts_everything_back_even_after_an_error():

@@ -411,7 +411,6 @@ def test_the_least_possible_budget_it_names_works(workshop):
         {"rank": 0, "method": "paper"},
         {"heads": 3, "budget": 0.5},
         {"heads": 7, "budget": 0.5, "method": "paper"},
-        {"device": "tpu", "budget": 0.5},
         {"seed": -1, "budget": 0.5},
         {"bits": 5, "budget": 0.5},
         {"bits": 32, "budget": 0.5},

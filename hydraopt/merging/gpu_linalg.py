@@ -1,4 +1,4 @@
-"""Where a merge computes: the CPU, or a GPU with what has to be minded of it."""
+"""What has to be minded of linear algebra on a GPU."""
 
 from __future__ import annotations
 
@@ -8,25 +8,8 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-from hydraopt.errors import BudgetError
-
 _starting, _solving = Lock(), Lock()
 _started: set[torch.device] = set()
-
-
-def find_device(name: str) -> torch.device:
-    """The device of that name; "auto" is CUDA where there is one.
-
-    Raises:
-        BudgetError: If there is no such device here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name not in {"cpu", "cuda"}:
-        raise BudgetError(f"device={name!r}: use 'auto', 'cpu' or 'cuda'")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise BudgetError("device='cuda': this machine shows no CUDA device; use 'auto' or 'cpu'")
-    return torch.device(name)
 
 
 def start(device: torch.device) -> None:

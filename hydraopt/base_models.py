@@ -43,6 +43,8 @@ _MODEL_CLASSES = {
 # Layers the base model lacks (a classifier) start random: from one seed, so that every load gives the same.
 _NEW_LAYER_SEED = 0
 _HUB_TIMEOUT_S = 10.0
+_LAST_PLACE = frozenset({"xlnet"})
+"""Models whose classifiers read padding as text: what they say of a text would depend on those beside it."""
 
 
 class LoadedBase(NamedTuple):
@@ -135,6 +137,11 @@ def load_base(
             )
     except (OSError, ValueError, KeyError, ImportError, huggingface_hub.errors.HfHubHTTPError) as reason:
         raise TaskFileError(_not_loaded(name, revision, reason)) from reason
+    if task_type == "SEQ_CLS" and model.config.model_type in _LAST_PLACE:
+        raise TaskFileError(
+            f"base model {name!r}: {model.config.model_type} classifies by the last place of a batch, padding or not; "
+            "take another base model"
+        )
     _ensure_padding(model, tokenizer)
     replaced = _replaced(name, model, task_type, report["mismatched_keys"])
     new = tuple(sorted({key.rsplit(".", 1)[0] for key in report["missing_keys"] | replaced}))
@@ -260,18 +267,25 @@ def _find_on_hub(name: str, revision: str | None) -> None:
 def _ensure_padding(model: Any, tokenizer: Any) -> None:
     """Many decoders have no padding token; batches need one, and classifiers find the last token by it.
 
+    So the model and the tokenizer must mean the same one: the tokenizer's, else the model's, else the end token. A
+    token that the model has no embedding for, added to the tokenizer alone, is none.
+
     Padding stands behind a text, whatever the tokenizer was saved with: before it, a text beside longer ones would have
     other positions than alone. Whoever generates pads before by asking for it.
     """
     tokenizer.padding_side = "right"
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token is None:
-            raise TaskFileError(
-                f"{tokenizer.name_or_path}: the tokenizer has neither a padding nor an end token"
-            )
-        tokenizer.pad_token = tokenizer.eos_token
-    if getattr(model.config, "pad_token_id", None) is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
+    known = min(model.get_input_embeddings().weight.shape[0], len(tokenizer))
+    own, end = getattr(model.config, "pad_token_id", None), tokenizer.eos_token_id
+    usable = [
+        token for token in (tokenizer.pad_token_id, own, end) if token is not None and 0 <= token < known
+    ]
+    if not usable:
+        raise TaskFileError(
+            f"{tokenizer.name_or_path}: the tokenizer has neither a padding nor an end token that the model knows"
+        )
+    if tokenizer.pad_token_id != usable[0]:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(usable[0])
+    model.config.pad_token_id = tokenizer.pad_token_id
 
 
 def _not_loaded(name: str, revision: str | None, reason: Exception) -> str:

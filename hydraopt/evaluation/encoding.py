@@ -78,10 +78,11 @@ def classification_examples(
     """What the model reads to classify each row: what the tokenizer gives, special tokens included, cut to fit.
 
     Raises:
-        TaskFileError: If a text holds what the model takes for its end.
+        TaskFileError: If a text holds what the model takes for its end, or a token it has no embedding for.
     """
     limit = input_limit(task, model, tokenizer)
     examples = [dict(tokenizer(row["text"], truncation=True, max_length=limit)) for row in rows]
+    check_tokens(task, model, tokenizer, [example["input_ids"] for example in examples])
     if model.config.is_encoder_decoder:  # such a classifier looks at the one end token of each text
         end = model.config.eos_token_id
         for index, example in enumerate(examples):
@@ -91,6 +92,22 @@ def classification_examples(
                     f"{task.base_model!r} classifies by the one at the end of a text, so none may be inside"
                 )
     return examples
+
+
+def check_tokens(task: TaskFile, model: Any, tokenizer: Any, rows: Sequence[Sequence[int]]) -> None:
+    """Check that the model has an embedding for every token.
+
+    Raises:
+        TaskFileError: If not: the tokenizer was given tokens that the model was not.
+    """
+    known = model.get_input_embeddings().weight.shape[0]
+    for index, ids in enumerate(rows):
+        if strangers := [token for token in ids if token >= known]:
+            token = tokenizer.convert_ids_to_tokens(strangers[0])
+            raise TaskFileError(
+                f"task {task.name!r}, row {index}: the tokenizer gives {token!r} the number {strangers[0]}, but the "
+                f"base model {task.base_model!r} has embeddings for {known} tokens; take its own tokenizer"
+            )
 
 
 def prompt_ids(tokenizer: Any, template: str, text: str, limit: int, *, decoder: bool) -> list[int]:
@@ -159,7 +176,7 @@ def encoded_rows(task: TaskFile, model: Any, tokenizer: Any, rows: Sequence[Row]
             example | {"labels": numbers[row["label"]]} for example, row in zip(examples, rows, strict=True)
         ]
     limit, start = input_limit(task, model, tokenizer), forced_start(model)
-    return [
+    examples = [
         training_example(
             tokenizer,
             task.prompt,
@@ -172,6 +189,9 @@ def encoded_rows(task: TaskFile, model: Any, tokenizer: Any, rows: Sequence[Row]
         )
         for row in rows
     ]
+    for part in ("input_ids", "labels"):
+        check_tokens(task, model, tokenizer, [example[part] for example in examples])
+    return examples
 
 
 def _prompt(tokenizer: Any, template: str, text: str, *, decoder: bool) -> list[int]:

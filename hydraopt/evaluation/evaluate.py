@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ from hydraopt.base_models import (
 from hydraopt.bundle import Bundle
 from hydraopt.bundle.attach import attached_kind
 from hydraopt.devices import find_device
-from hydraopt.errors import AdapterFormatError, BundleError, TaskFileError
+from hydraopt.errors import AdapterFormatError, BundleError, HydraoptError, TaskFileError
+from hydraopt.evaluation.encoding import virtual_tokens
 from hydraopt.evaluation.metrics import score_labels, score_texts
 from hydraopt.evaluation.predict import predict_labels, predict_texts
 from hydraopt.evaluation.result import EVALUATION_RULES, Evaluation
@@ -162,7 +164,7 @@ def evaluate_model(
     if batch_size < 1:
         raise TaskFileError(f"batch_size must be at least 1, got {batch_size}")
     model.eval()
-    with quiet(), torch.inference_mode():
+    with quiet(), torch.inference_mode(), _behind_virtual_tokens(task, model):
         if task.kind == "classification":
             predicted = predict_labels(task, model, tokenizer, rows, batch_size=batch_size, progress=progress)
             scores = score_labels(predicted, [row["label"] for row in rows])
@@ -182,6 +184,22 @@ def evaluate_model(
         data_digest=rows_digest(rows),
         rules=EVALUATION_RULES,
     )
+
+
+@contextmanager
+def _behind_virtual_tokens(task: TaskFile, model: Any) -> Iterator[None]:
+    """Many models take no virtual tokens, or no keys and values before a text: each library says so in its own way."""
+    try:
+        yield
+    except HydraoptError:
+        raise
+    except (ValueError, TypeError, NotImplementedError, RuntimeError) as reason:
+        if not virtual_tokens(model):
+            raise
+        raise TaskFileError(
+            f"task {task.name!r}: the base model {task.base_model!r} cannot be run behind an adapter's virtual tokens: "
+            f"{str(reason).splitlines()[0]}"
+        ) from reason
 
 
 def _choose_rows(task: TaskFile, rows: Sequence[Row] | None, limit: int | None) -> list[Row]:

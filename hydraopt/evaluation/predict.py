@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
@@ -14,6 +14,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from hydraopt.errors import TaskFileError
 from hydraopt.evaluation.encoding import (
+    check_tokens,
     classification_examples,
     forced_start,
     input_limit,
@@ -73,6 +74,7 @@ def predict_texts(
     decoder = not model.config.is_encoder_decoder
     limit = input_limit(task, model, tokenizer)
     prompts = [prompt_ids(tokenizer, task.prompt, row["input"], limit, decoder=decoder) for row in rows]
+    check_tokens(task, model, tokenizer, prompts)
     inputs = [{"input_ids": prompt} for prompt in prompts]
     greedy = _greedy(model, tokenizer, task.max_new_tokens)
     # A decoder continues the last position, so the padding must stand before the prompt.
@@ -88,11 +90,16 @@ def predict_texts(
                 logits_processor=LogitsProcessorList([watch]),
             )
         before = padded["input_ids"].shape[1] if decoder else 1 + (forced_start(model) is not None)
-        answers = answers[:, before:]
-        texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+        # What stands behind a row's end is padding, which not every tokenizer knows to be special.
+        kept = [_up_to_end(answer, greedy.eos_token_id or ()) for answer in answers[:, before:].tolist()]
+        texts = tokenizer.batch_decode(kept, skip_special_tokens=True)
         for row, text, broken in zip(batch, texts, watch.broken.tolist(), strict=True):
             predicted[row] = None if broken else text.strip()
     return predicted
+
+
+def _up_to_end(answer: list[int], ends: Collection[int]) -> list[int]:
+    return answer[: next((place for place, token in enumerate(answer) if token in ends), len(answer))]
 
 
 class _NanWatch(LogitsProcessor):  # type: ignore[misc]  # untyped library

@@ -13,6 +13,8 @@ import datasets
 import pytest
 import torch
 import transformers
+from tiny_models import save_model
+from transformers import AutoTokenizer, XLNetConfig, XLNetModel
 
 from hydraopt.base_models import (
     PACKAGED_MODELS,
@@ -68,6 +70,29 @@ def test_loading_leaves_the_callers_random_state_alone(tiny_encoder):
 def test_a_tokenizer_without_padding_gets_one(tiny_decoder):
     model, tokenizer = load_base_model(str(tiny_decoder), None, "CAUSAL_LM")
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == model.config.pad_token_id
+
+
+def test_model_and_tokenizer_mean_one_padding(tiny_decoder, tmp_path):
+    """A classifier finds a text's last token by the model's; batches are padded with the tokenizer's."""
+    shutil.copytree(tiny_decoder, tmp_path / "base")
+    settings = tmp_path / "base" / "config.json"
+    known = json.loads(settings.read_text())
+    cases = ((0, None, 0), (None, None, 3), (0, "[UNK]", 1), (0, "[NEW]", 0))
+    for own, added, expected in cases:
+        settings.write_text(json.dumps(known | {"pad_token_id": own}))
+        tokenizer = AutoTokenizer.from_pretrained(tiny_decoder)
+        if added is not None:  # [NEW] is no word of the model
+            tokenizer.add_special_tokens({"pad_token": added})
+        tokenizer.save_pretrained(tmp_path / "base")
+        base = load_base(str(tmp_path / "base"), None, "SEQ_CLS", num_labels=3)
+        assert (base.tokenizer.pad_token_id, base.model.config.pad_token_id) == (expected, expected)
+
+
+def test_a_classifier_that_reads_padding_as_text_is_refused(tiny_encoder, tmp_path):
+    config = XLNetConfig(vocab_size=30, d_model=16, n_layer=1, n_head=2, d_inner=16)
+    save_model(XLNetModel, config, AutoTokenizer.from_pretrained(tiny_encoder), tmp_path / "xlnet")
+    with pytest.raises(TaskFileError, match=r"xlnet classifies by the last place"):
+        load_base(str(tmp_path / "xlnet"), None, "SEQ_CLS", num_labels=3)
 
 
 def test_the_kind_of_generator_is_told_by_its_configuration(tiny_decoder, tiny_seq2seq):

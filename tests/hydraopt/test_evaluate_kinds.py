@@ -185,6 +185,59 @@ def test_virtual_tokens_take_positions_of_a_long_text(topic_task, tiny_encoder, 
         evaluate_adapter(topic_task(), folder, rows=rows, device="cpu")
 
 
+@pytest.mark.parametrize("name", ["prompt", "prefix"])
+def test_a_base_that_takes_no_virtual_tokens_is_named(topic_task, tiny_seq2seq, tmp_path, name):
+    config = CONFIGS[name]("SEQ_CLS")
+    config.modules_to_save = ["classification_head"]
+    folder = trained(tmp_path / "a", tiny_seq2seq, "SEQ_CLS", config, 3)
+    with pytest.raises(
+        TaskFileError, match=r"tiny-seq2seq' cannot be run behind an adapter's virtual tokens: "
+    ):
+        evaluate_adapter(topic_task(base_model=str(tiny_seq2seq)), folder, device="cpu")
+
+
+def test_a_token_without_an_embedding_is_told(topic_task, echo_task, tiny_encoder, tiny_decoder, tmp_path):
+    """A tokenizer that was given more words than the model."""
+    for base, kind in ((tiny_encoder, "SEQ_CLS"), (tiny_decoder, "CAUSAL_LM")):
+        other = tmp_path / kind
+        shutil.copytree(base, other)
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        tokenizer.add_tokens(["melon"])
+        tokenizer.save_pretrained(other)
+        labels = 3 if kind == "SEQ_CLS" else None
+        folder = trained(tmp_path / f"a-{kind}", other, kind, CONFIGS["lora"](kind), labels)
+        if labels:
+            task, rows = topic_task(base_model=str(other)), [{"text": "a melon", "label": "fruit"}]
+        else:
+            task, rows = echo_task(other), [{"input": "a melon", "target": "melon"}]
+        with pytest.raises(
+            TaskFileError, match=r"row 0: the tokenizer gives 'melon' the number 30.*30 tokens"
+        ):
+            evaluate_adapter(task, folder, rows=rows, device="cpu")
+
+
+def test_padding_behind_an_answer_is_no_part_of_it(echo_task, tiny_decoder):
+    """Whatever token it is, and whether the tokenizer takes it for a word."""
+    model, tokenizer = load_base_model(str(tiny_decoder), None, "CAUSAL_LM")
+    tokenizer.pad_token = "apple"
+    task = echo_task(tiny_decoder)
+    rows = task.read_rows("test")
+    end = tokenizer.eos_token_id
+
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        """Every other row ends at once, the others never: they say a word of their own."""
+        scores = torch.zeros(*hidden.shape[:-1], len(tokenizer))
+        scores[..., 10] = 1
+        scores[::2, :, end] = 2
+        return scores
+
+    model.lm_head.forward = forward
+    with torch.inference_mode():
+        found = predict_texts(task, model, tokenizer, rows, batch_size=len(rows))
+    word = tokenizer.convert_ids_to_tokens(10)
+    assert sorted(set(found)) == ["", " ".join([word] * task.max_new_tokens)]
+
+
 def test_positions_that_start_behind_the_padding_are_counted(topic_task, tmp_path):
     """RoBERTa's 40 positions are for 38 tokens if its padding is token 1, and its tokenizer need not know."""
     tokenizer = word_tokenizer(cls_token="[CLS]", sep_token="[SEP]", pad_token="[UNK]", unk_token="[UNK]")

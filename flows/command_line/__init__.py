@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 import click
 
+from flows.command_line.process_memory import keep_memory
+
 # Before torch is loaded, here and in the processes started from here: its threads otherwise spin while they
 # wait for one another, and where a core is busy with something else a training step takes ten times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -33,6 +35,7 @@ _LIBRARY = {
     "export": "Write a bundle's tasks as ordinary PEFT folders.",
     "evaluate": "Measure an adapter or a bundle on a task.",
 }
+_MANY_TENSORS = frozenset({"merge", "frontier"})
 _PIPELINE = {
     "up": "Start the local services.",
     "down": "Stop the local services.",
@@ -78,6 +81,8 @@ class _LazyGroup(click.Group):
         """Import the command, or None if there is no such name."""
         if cmd_name not in COMMANDS:
             return None
+        if cmd_name in _MANY_TENSORS:
+            keep_memory()
         return getattr(importlib.import_module(COMMANDS[cmd_name].module), cmd_name)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002 - click's signature

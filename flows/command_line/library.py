@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import resource
 import sys
 import time
@@ -17,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.command_line.output import Output, command
+from flows.command_line.process_memory import collect_seldom
 from hydraopt.bundle.profiles import PROFILES
 from hydraopt.errors import AdapterMismatchError, TaskFileError
 
@@ -120,7 +120,7 @@ def merge(
     import hydraopt
 
     _check_calibration(calibrate, calibrate_rows, settings["method"])
-    _collect_seldom()
+    collect_seldom()
     start = time.perf_counter()
     with output.progress() as progress, ExitStack() as moments:
         named = _named(adapters)
@@ -180,7 +180,7 @@ def frontier(
     from hydraopt.merging.frontier import frontier as trace
 
     _check_plot(plot)
-    _collect_seldom()
+    collect_seldom()
     start = time.perf_counter()
     with output.progress() as progress:
         points = trace(_named(adapters), dtype=dtype, device=device, progress=progress)
@@ -329,15 +329,6 @@ def evaluate(
         f"(95 % interval {result.low:.4f} to {result.high:.4f}, {result.samples} samples)"
     )
     return result.model_dump(mode="json")
-
-
-def _collect_seldom() -> None:
-    """Garbage collection for commands of many small objects, such as tensors' headers: a tenth of a kept-part merge.
-
-    What was imported is left out of it, and it comes once in so many new objects, not in 700.
-    """
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 100)
 
 
 def _named(arguments: Iterable[str]) -> dict[str, Path]:

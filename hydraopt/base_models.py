@@ -135,6 +135,11 @@ def load_base(
                 **options,
                 **place,
             )
+        model.get_input_embeddings()
+    except NotImplementedError as reason:
+        raise TaskFileError(
+            f"base model {name!r}: {model.config.model_type} has no table of token embeddings; take another base model"
+        ) from reason
     except (OSError, ValueError, KeyError, ImportError, huggingface_hub.errors.HfHubHTTPError) as reason:
         raise TaskFileError(_not_loaded(name, revision, reason)) from reason
     if task_type == "SEQ_CLS" and model.config.model_type in _LAST_PLACE:

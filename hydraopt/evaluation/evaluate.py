@@ -198,7 +198,7 @@ def _behind_virtual_tokens(task: TaskFile, model: Any) -> Iterator[None]:
             raise
         raise TaskFileError(
             f"task {task.name!r}: the base model {task.base_model!r} cannot be run behind an adapter's virtual tokens: "
-            f"{str(reason).splitlines()[0]}"
+            f"{(str(reason).strip() or type(reason).__name__).splitlines()[0]}"
         ) from reason
 
 
@@ -269,14 +269,11 @@ def _attached(
     """Models with their tokenizers and the task of each adapter: one model, or one a task if they exclude another."""
     first = tasks[0]
     base = load_base(first.base_model, first.revision, task_type, num_labels=len(first.labels) or None)
-    for task in tasks:
-        brought = _layers(bundle.extras(task.name), bundle.manifest.tasks[task.name].kind)
-        if missing := [layer for layer in base.new_layers if layer not in brought]:
-            raise BundleError(f"the bundle's task {task.name!r}: {_random(task, missing)}")
     adapters = {
         f"adapter{index}": task for index, task in enumerate(tasks)
     }  # a task's own name may have a dot
     try:
+        _check_heads(tasks, bundle, base)
         model = bundle.attach(base.model, tasks={name: task.name for name, task in adapters.items()})
     except BundleError:
         if len(tasks) == 1:
@@ -285,6 +282,14 @@ def _attached(
             yield from _attached([task], bundle, task_type)
     else:
         yield model, base.tokenizer, adapters
+
+
+def _check_heads(tasks: Sequence[TaskFile], bundle: Bundle, base: LoadedBase) -> None:
+    """Whether every task brings the layers that the base model lacks."""
+    for task in tasks:
+        brought = _layers(bundle.extras(task.name), bundle.manifest.tasks[task.name].kind)
+        if missing := [layer for layer in base.new_layers if layer not in brought]:
+            raise BundleError(f"the bundle's task {task.name!r}: {_random(task, missing)}")
 
 
 def _check_layers(adapter: Adapter, base: LoadedBase, task: TaskFile) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
@@ -25,6 +25,9 @@ from hydraopt.evaluation.rows import Row
 from hydraopt.evaluation.task_file import TaskFile
 from hydraopt.progress import Progress
 
+_ROUNDING = 1e-3
+"""Of the largest logit: a text alone and beside others differ by a millionth of it; where padding is read, by more."""
+
 
 def predict_labels(
     task: TaskFile,
@@ -42,9 +45,15 @@ def predict_labels(
     """
     inputs = classification_examples(task, model, tokenizer, rows)
     predicted: list[str | None] = [None] * len(rows)
-    for batch in _batches(task, model, inputs, batch_size, progress):
-        padded = tokenizer.pad([inputs[row] for row in batch], padding_side="right", return_tensors="pt")
-        logits: Tensor = model(**padded.to(model.device)).logits  # (batch, labels)
+
+    def answer(batch: Sequence[Mapping[str, Any]]) -> Tensor:
+        padded = tokenizer.pad(list(batch), padding_side="right", return_tensors="pt")
+        logits: Tensor = model(**padded.to(model.device)).logits
+        return logits  # (batch, labels)
+
+    alike = virtual_tokens(model) > 0 or (batch_size > 1 and _reads_padding(answer, inputs))
+    for batch in _batches(task, inputs, batch_size, progress, alike=alike):
+        logits = answer([inputs[row] for row in batch])
         if logits.shape[1] != len(task.labels):
             raise TaskFileError(
                 f"task {task.name!r} names {len(task.labels)} labels, but the model's head has "
@@ -80,7 +89,17 @@ def predict_texts(
     # A decoder continues the last position, so the padding must stand before the prompt.
     side = "left" if decoder else "right"
     predicted: list[str | None] = [None] * len(rows)
-    for batch in _batches(task, model, inputs, batch_size, progress):
+
+    def first_scores(batch: Sequence[Mapping[str, Any]]) -> Tensor:
+        padded = tokenizer.pad(list(batch), padding_side=side, return_tensors="pt")
+        one = _greedy(model, tokenizer, 1)
+        one.update(output_logits=True, return_dict_in_generate=True)
+        with _without_own_settings(model):
+            found: Tensor = model.generate(**padded.to(model.device), generation_config=one).logits[-1]
+        return found  # (batch, words)
+
+    alike = virtual_tokens(model) > 0 or (batch_size > 1 and _reads_padding(first_scores, inputs))
+    for batch in _batches(task, inputs, batch_size, progress, alike=alike):
         padded = tokenizer.pad([inputs[row] for row in batch], padding_side=side, return_tensors="pt")
         watch = _NanWatch(len(batch))
         with _without_own_settings(model):
@@ -144,23 +163,43 @@ def _without_own_settings(model: Any) -> Iterator[None]:
         inner.generation_config = own
 
 
+def _reads_padding(
+    answer: Callable[[Sequence[Mapping[str, Any]]], Tensor], inputs: Sequence[Mapping[str, Any]]
+) -> bool:
+    """Whether a model says something else of a text that is padded: tried with the shortest and the longest.
+
+    Most mask padding. A convolution looks over a text's end, though, and some decoders count positions from padding.
+    """
+    by_length = sorted(inputs, key=lambda one: len(one["input_ids"]))
+    short, long = by_length[0], by_length[-1]
+    if len(short["input_ids"]) == len(long["input_ids"]):
+        return False
+    alone, beside = answer([short])[0], answer([short, long])[0]
+    least = _ROUNDING * float(alone.abs().nan_to_num().max())
+    return not torch.allclose(alone, beside, rtol=_ROUNDING, atol=least, equal_nan=True)
+
+
 def _batches(
     task: TaskFile,
-    model: Any,
     inputs: Sequence[Mapping[str, Sequence[int]]],
     batch_size: int,
     progress: Progress | None,
+    *,
+    alike: bool,
 ) -> Iterator[list[int]]:
     """Row numbers in batches of rows of like length, so that little is padded; reports what is done.
 
-    Behind virtual tokens nothing may be padded: models count positions from the first token on, and padding between
-    the virtual tokens and a prompt would move it.
+    Args:
+        task: Named in the reports.
+        inputs: The rows as token ids.
+        batch_size: Rows in a batch, at most.
+        progress: Told of every batch.
+        alike: Whether to pad nothing: only rows of equal length go together. So it must be where padding changes
+            what a model says, and behind virtual tokens: padding between them and a prompt would move it.
     """
     lengths = [len(one["input_ids"]) for one in inputs]
     order = sorted(range(len(inputs)), key=lengths.__getitem__)
-    equal = (
-        [list(same) for _, same in groupby(order, lengths.__getitem__)] if virtual_tokens(model) else [order]
-    )
+    equal = [list(same) for _, same in groupby(order, lengths.__getitem__)] if alike else [order]
     done = 0
     for rows in equal:
         for start in range(0, len(rows), batch_size):

@@ -135,11 +135,6 @@ def load_base(
                 **options,
                 **place,
             )
-        model.get_input_embeddings()
-    except NotImplementedError as reason:
-        raise TaskFileError(
-            f"base model {name!r}: {model.config.model_type} has no table of token embeddings; take another base model"
-        ) from reason
     except (OSError, ValueError, KeyError, ImportError, huggingface_hub.errors.HfHubHTTPError) as reason:
         raise TaskFileError(_not_loaded(name, revision, reason)) from reason
     if task_type == "SEQ_CLS" and model.config.model_type in _LAST_PLACE:
@@ -279,7 +274,13 @@ def _ensure_padding(model: Any, tokenizer: Any) -> None:
     other positions than alone. Whoever generates pads before by asking for it.
     """
     tokenizer.padding_side = "right"
-    known = min(model.get_input_embeddings().weight.shape[0], len(tokenizer))
+    try:
+        known = min(model.get_input_embeddings().weight.shape[0], len(tokenizer))
+    except NotImplementedError as reason:
+        raise TaskFileError(
+            f"{tokenizer.name_or_path}: {model.config.model_type} has no table of token embeddings; take another base "
+            "model"
+        ) from reason
     own, end = getattr(model.config, "pad_token_id", None), tokenizer.eos_token_id
     usable = [
         token for token in (tokenizer.pad_token_id, own, end) if token is not None and 0 <= token < known

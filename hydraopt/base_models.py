@@ -26,7 +26,6 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from hydraopt.devices import find_device
 from hydraopt.errors import TaskFileError
 
 TaskType = Literal["SEQ_CLS", "CAUSAL_LM", "SEQ_2_SEQ_LM"]
@@ -70,27 +69,15 @@ def base_model_path(name: str) -> str:
 
 
 def load_base_model(
-    name: str,
-    revision: str | None,
-    task_type: TaskType,
-    num_labels: int | None = None,
-    *,
-    dtype: str = "float32",
-    device: str = "cpu",
+    name: str, revision: str | None, task_type: TaskType, num_labels: int | None = None
 ) -> tuple[Any, Any]:
     """The model and the tokenizer of :func:`load_base`."""
-    base = load_base(name, revision, task_type, num_labels=num_labels, dtype=dtype, device=device)
+    base = load_base(name, revision, task_type, num_labels=num_labels)
     return base.model, base.tokenizer
 
 
 def load_base(
-    name: str,
-    revision: str | None,
-    task_type: TaskType,
-    *,
-    num_labels: int | None = None,
-    dtype: str = "float32",
-    device: str = "cpu",
+    name: str, revision: str | None, task_type: TaskType, *, num_labels: int | None = None
 ) -> LoadedBase:
     """Load a frozen base model for one kind of task.
 
@@ -100,16 +87,13 @@ def load_base(
             the hub's model only where no revision is asked for.
         task_type: Which head the model gets.
         num_labels: Width of the classification head, for ``SEQ_CLS``.
-        dtype: Name of the torch dtype of the weights.
-        device: As for :func:`hydraopt.devices.find_device`.
 
     Returns:
-        The model in evaluation mode and its tokenizer. Loading the same name twice gives equal weights,
-        those of layers the base lacks included.
+        The model in evaluation mode, in float32 on the CPU, and its tokenizer. Loading the same name twice gives
+        equal weights, those of layers the base lacks included.
 
     Raises:
         TaskFileError: If the model cannot be found or loaded; the message names it and the ways out.
-        DeviceError: If there is no such device.
     """
     source = name if revision is not None and name in PACKAGED_MODELS else base_model_path(name)
     local = _is_folder(source)
@@ -129,7 +113,7 @@ def load_base(
                 source,
                 trust_remote_code=False,
                 use_safetensors=True,
-                dtype=getattr(torch, dtype),
+                dtype=torch.float32,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # else it raises and only prints which
                 **options,
@@ -145,7 +129,7 @@ def load_base(
     _ensure_padding(model, tokenizer)
     replaced = _replaced(name, model, task_type, report["mismatched_keys"])
     new = tuple(sorted({key.rsplit(".", 1)[0] for key in report["missing_keys"] | replaced}))
-    return LoadedBase(model.to(find_device(device)).eval(), tokenizer, new)
+    return LoadedBase(model.eval(), tokenizer, new)
 
 
 def _replaced(

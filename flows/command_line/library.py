@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.table import Table
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from hydraopt.adapters import Adapter
     from hydraopt.adapters.similarity import Similarity
     from hydraopt.bundle import Bundle
+    from hydraopt.evaluation.task_file import Split
     from hydraopt.merging.second_moments import SecondMoments
     from hydraopt.progress import Progress
 
@@ -304,7 +305,7 @@ def evaluate(
     bundle: Path | None,
     device: str,
     limit: int | None,
-    split: Literal["train", "validation", "test"],
+    split: Split,
 ) -> dict[str, Any]:
     """Measure an adapter or a bundle on a task's test rows, or on those to tune on (--split validation).
 

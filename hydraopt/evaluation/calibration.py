@@ -23,7 +23,6 @@ from torch import Tensor
 from hydraopt.adapters import Adapter
 from hydraopt.base_models import (
     TaskType,
-    generation_task_type,
     linear_shapes,
     load_base,
     quiet,
@@ -166,9 +165,7 @@ def _by_kind(
     """Tasks by the kind of model they run on."""
     kinds: dict[TaskType, list[tuple[TaskFile, list[Row]]]] = {}
     for task, rows in chosen:
-        classifies = task.kind == "classification"
-        kind = "SEQ_CLS" if classifies else generation_task_type(task.base_model, task.revision)
-        kinds.setdefault(kind, []).append((task, rows))
+        kinds.setdefault(task.task_type(), []).append((task, rows))
     return kinds
 
 

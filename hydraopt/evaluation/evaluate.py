@@ -24,7 +24,6 @@ from hydraopt.base_models import (
     LoadedBase,
     TaskType,
     base_model_path,
-    generation_task_type,
     load_base,
     quiet,
 )
@@ -213,9 +212,7 @@ def _choose_rows(task: TaskFile, rows: Sequence[Row] | None, limit: int | None) 
 
 def _task_type(task: TaskFile, of_adapter: str | None) -> TaskType:
     """The kind of model to load, and whether the adapter was trained for that kind."""
-    wanted: TaskType = (
-        "SEQ_CLS" if task.kind == "classification" else generation_task_type(task.base_model, task.revision)
-    )
+    wanted = task.task_type()
     if of_adapter is not None and of_adapter != wanted:
         raise TaskFileError(
             f"task {task.name!r} is {task.kind} ({wanted}), but the adapter was trained as {of_adapter}"
@@ -269,9 +266,8 @@ def _attached(
     """Models with their tokenizers and the task of each adapter: one model, or one a task if they exclude another."""
     first = tasks[0]
     base = load_base(first.base_model, first.revision, task_type, num_labels=len(first.labels) or None)
-    adapters = {
-        f"adapter{index}": task for index, task in enumerate(tasks)
-    }  # a task's own name may have a dot
+    # Not by the tasks' names, which torch may not take.
+    adapters = {f"adapter{index}": task for index, task in enumerate(tasks)}
     try:
         _check_heads(tasks, bundle, base)
         model = bundle.attach(base.model, tasks={name: task.name for name, task in adapters.items()})

@@ -51,7 +51,7 @@ def predict_labels(
         logits: Tensor = model(**padded.to(model.device)).logits
         return logits  # (batch, labels)
 
-    alike = virtual_tokens(model) > 0 or (batch_size > 1 and _reads_padding(answer, inputs))
+    alike = _must_be_alike(model, answer, inputs, batch_size)
     for batch in _batches(task, inputs, batch_size, progress, alike=alike):
         logits = answer([inputs[row] for row in batch])
         if logits.shape[1] != len(task.labels):
@@ -90,25 +90,25 @@ def predict_texts(
     side = "left" if decoder else "right"
     predicted: list[str | None] = [None] * len(rows)
 
-    def first_scores(batch: Sequence[Mapping[str, Any]]) -> Tensor:
+    def generated(batch: Sequence[Mapping[str, Any]], settings: GenerationConfig, **more: Any) -> Any:
         padded = tokenizer.pad(list(batch), padding_side=side, return_tensors="pt")
+        with _without_own_settings(model):
+            return model.generate(**padded.to(model.device), generation_config=settings, **more)
+
+    def first_scores(batch: Sequence[Mapping[str, Any]]) -> Tensor:
         one = _greedy(model, tokenizer, 1)
         one.update(output_logits=True, return_dict_in_generate=True)
-        with _without_own_settings(model):
-            found: Tensor = model.generate(**padded.to(model.device), generation_config=one).logits[-1]
+        found: Tensor = generated(batch, one).logits[-1]
         return found  # (batch, words)
 
-    alike = virtual_tokens(model) > 0 or (batch_size > 1 and _reads_padding(first_scores, inputs))
+    alike = _must_be_alike(model, first_scores, inputs, batch_size)
     for batch in _batches(task, inputs, batch_size, progress, alike=alike):
-        padded = tokenizer.pad([inputs[row] for row in batch], padding_side=side, return_tensors="pt")
         watch = _NanWatch(len(batch))
-        with _without_own_settings(model):
-            answers = model.generate(
-                **padded.to(model.device),
-                generation_config=greedy,
-                logits_processor=LogitsProcessorList([watch]),
-            )
-        before = padded["input_ids"].shape[1] if decoder else 1 + (forced_start(model) is not None)
+        answers = generated(
+            [inputs[row] for row in batch], greedy, logits_processor=LogitsProcessorList([watch])
+        )
+        longest = max(len(prompts[row]) for row in batch)
+        before = longest if decoder else 1 + (forced_start(model) is not None)
         # What stands behind a row's end is padding, which not every tokenizer knows to be special.
         kept = [_up_to_end(answer, greedy.eos_token_id or ()) for answer in answers[:, before:].tolist()]
         texts = tokenizer.batch_decode(kept, skip_special_tokens=True)
@@ -163,6 +163,19 @@ def _without_own_settings(model: Any) -> Iterator[None]:
         inner.generation_config = own
 
 
+def _must_be_alike(
+    model: Any,
+    answer: Callable[[Sequence[Mapping[str, Any]]], Tensor],
+    inputs: Sequence[Mapping[str, Any]],
+    batch_size: int,
+) -> bool:
+    """Whether only rows of equal length may go together: where padding changes what a model says.
+
+    So it does behind virtual tokens, where padding between them and a prompt would move it.
+    """
+    return virtual_tokens(model) > 0 or (batch_size > 1 and _reads_padding(answer, inputs))
+
+
 def _reads_padding(
     answer: Callable[[Sequence[Mapping[str, Any]]], Tensor], inputs: Sequence[Mapping[str, Any]]
 ) -> bool:
@@ -194,8 +207,7 @@ def _batches(
         inputs: The rows as token ids.
         batch_size: Rows in a batch, at most.
         progress: Told of every batch.
-        alike: Whether to pad nothing: only rows of equal length go together. So it must be where padding changes
-            what a model says, and behind virtual tokens: padding between them and a prompt would move it.
+        alike: Whether only rows of equal length go together, so that nothing is padded.
     """
     lengths = [len(one["input_ids"]) for one in inputs]
     order = sorted(range(len(inputs)), key=lengths.__getitem__)

@@ -27,6 +27,7 @@ from pydantic import (
     model_validator,
 )
 
+from hydraopt.base_models import TaskType, generation_task_type
 from hydraopt.errors import TaskFileError
 from hydraopt.evaluation.rows import (
     Kind,
@@ -232,6 +233,16 @@ class TaskFile(StrictSettings):
         if self.data.hub is None:
             del values["data"]
         return values
+
+    def task_type(self) -> TaskType:
+        """PEFT's name of the kind of model the task runs on.
+
+        Raises:
+            TaskFileError: If it depends on the base model's configuration, and that cannot be read.
+        """
+        if self.kind == "classification":
+            return "SEQ_CLS"
+        return generation_task_type(self.base_model, self.revision)
 
     def read_rows(self, split: Split) -> list[Row]:
         """The rows of one split in canonical form (see :mod:`hydraopt.evaluation.rows`).

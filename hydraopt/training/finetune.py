@@ -35,12 +35,11 @@ from transformers import (
     TrainingArguments,
 )
 
+from hydraopt.adapters.module import PREFIX
 from hydraopt.adapters.peft_folder import CONFIG_FILE, TENSOR_FILE
 from hydraopt.atomic_files import sync
 from hydraopt.base_models import (
     LoadedBase,
-    TaskType,
-    generation_task_type,
     is_head,
     load_base,
     quiet,
@@ -145,9 +144,7 @@ def _training_key(task: TaskFile, rows: str) -> str:
 
 def _new_adapter(task: TaskFile, device: torch.device) -> tuple[Any, LoadedBase]:
     """The base model with a fresh adapter: A from the task's init seed, B zero, head as the base is loaded."""
-    task_type: TaskType = (
-        "SEQ_CLS" if task.kind == "classification" else generation_task_type(task.base_model, task.revision)
-    )
+    task_type = task.task_type()
     # Drawn on the CPU, so that a GPU run starts from the same A.
     base = load_base(task.base_model, task.revision, task_type, num_labels=len(task.labels) or None)
     targets = task.lora.target_modules
@@ -189,7 +186,7 @@ def _freeze_a(task: TaskFile, model: Any) -> None:
     for name, parameter in model.named_parameters():
         if ".lora_embedding_A." in name:
             # It starts at zero, and B's gradient with it: neither would ever move.
-            module = name.removeprefix("base_model.model.").partition(".lora_")[0]
+            module = name.removeprefix(PREFIX).partition(".lora_")[0]
             raise TaskFileError(
                 f"task {task.name!r}: lora.freeze_a cannot be with {module!r} in lora.target_modules: the A of an "
                 "embedding table starts at zero, so nothing would be learnt. Leave the table out, or train A, too."

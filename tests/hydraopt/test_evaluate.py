@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from tiny_models import greedy_by_hand
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 import hydraopt
@@ -272,15 +273,6 @@ def test_a_bundle_of_other_tasks_or_another_base_is_refused(two_tasks, topic_tas
         evaluate_bundle(topic_task(), tmp_path / "nothing", device="cpu")
     assert evaluate_bundle_tasks([], bundle) == {}
     assert issubclass(BundleError, HydraoptError)
-
-
-def greedy_by_hand(model: Any, ids: list[int], steps: int, end: int) -> list[int]:
-    """Arg-max token by token on the bare sequence, without a cache."""
-    found: list[int] = []
-    with torch.inference_mode():
-        while len(found) < steps and end not in found:
-            found.append(int(model(input_ids=torch.tensor([ids + found])).logits[0, -1].argmax()))
-    return found
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 64])

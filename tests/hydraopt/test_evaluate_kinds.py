@@ -18,7 +18,7 @@ from peft import (
     get_peft_model,
 )
 from safetensors.torch import load_file, save_file
-from tiny_models import save_model, word_tokenizer
+from tiny_models import greedy_by_hand, save_model, word_tokenizer
 from transformers import (
     AutoTokenizer,
     BartConfig,
@@ -97,10 +97,8 @@ def test_a_generator_of_any_kind_answers_whatever_the_batch(echo_task, tiny_deco
     model, tokenizer = by_hand(folder, tiny_decoder, "CAUSAL_LM")
     expected = []
     for row in rows:
-        ids, answer = tokenizer(f"the {row['input']} is")["input_ids"], []
-        with torch.inference_mode():
-            while len(answer) < 4 and tokenizer.eos_token_id not in answer:
-                answer.append(int(model(input_ids=torch.tensor([ids + answer])).logits[0, -1].argmax()))
+        ids = tokenizer(f"the {row['input']} is")["input_ids"]
+        answer = greedy_by_hand(model, ids, 4, tokenizer.eos_token_id)
         expected.append(tokenizer.decode(answer, skip_special_tokens=True).strip())
     assert len(set(expected)) > 1
     with torch.inference_mode():

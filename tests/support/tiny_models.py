@@ -74,3 +74,12 @@ def save_model(kind: Any, config: Any, tokenizer: PreTrainedTokenizerFast, folde
         model = kind(config)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def greedy_by_hand(model: Any, ids: list[int], steps: int, end: int) -> list[int]:
+    """Arg-max token by token on the bare sequence, without a cache."""
+    found: list[int] = []
+    with torch.inference_mode():
+        while len(found) < steps and end not in found:
+            found.append(int(model(input_ids=torch.tensor([ids + found])).logits[0, -1].argmax()))
+    return found

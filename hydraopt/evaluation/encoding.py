@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from hydraopt.base_models import known_tokens
 from hydraopt.errors import TaskFileError
 from hydraopt.evaluation.rows import Row
 from hydraopt.evaluation.task_file import TaskFile
@@ -37,8 +38,9 @@ def input_limit(task: TaskFile, model: Any, tokenizer: Any) -> int:
         )
     if task.kind == "classification":
         return min(asked, positions)
-    decoder = not model.config.is_encoder_decoder
-    answer = task.max_new_tokens + (forced_start(model) is not None)
+    start = answer_start(model)
+    decoder = not start
+    answer = task.max_new_tokens + max(len(start) - 1, 0)
     if positions < answer + decoder:
         raise TaskFileError(
             f"task {task.name!r}: max_new_tokens is {task.max_new_tokens}, but the base model {task.base_model!r} has "
@@ -47,12 +49,31 @@ def input_limit(task: TaskFile, model: Any, tokenizer: Any) -> int:
     return min(asked, positions - answer if decoder else positions)
 
 
-def forced_start(model: Any) -> int | None:
-    """The token that every answer of an encoder-decoder begins with: a language's for mBART, ``<s>`` for BART."""
+def answer_start(model: Any) -> tuple[int, ...]:
+    """What an encoder-decoder's answers begin with; nothing for a decoder, whose answers follow the prompt.
+
+    First the token that its decoder is given, then, if its settings force one, the first token it says: a language's
+    for mBART, ``<s>`` for BART.
+
+    Raises:
+        TaskFileError: If the model does not say what its decoder starts from.
+    """
     if not model.config.is_encoder_decoder:
-        return None
-    token = model.generation_config.forced_bos_token_id
-    return None if token is None else int(token)
+        return ()
+    own = model.generation_config
+    named = (
+        own.decoder_start_token_id,
+        getattr(model.config, "decoder_start_token_id", None),
+        own.bos_token_id,
+    )
+    given = next((token for token in named if token is not None), None)
+    if given is None:
+        raise TaskFileError(
+            f"base model {model.config.name_or_path!r}: its config.json has no decoder_start_token_id, the token that "
+            f"{model.config.model_type} answers begin with; add it"
+        )
+    forced = own.forced_bos_token_id
+    return (int(given),) if forced is None else (int(given), int(forced))
 
 
 def virtual_tokens(model: Any) -> int:
@@ -100,7 +121,9 @@ def check_tokens(task: TaskFile, model: Any, tokenizer: Any, rows: Sequence[Sequ
     Raises:
         TaskFileError: If not: the tokenizer was given tokens that the model was not.
     """
-    known = model.get_input_embeddings().weight.shape[0]
+    known = known_tokens(model)
+    if known is None:
+        return
     for index, ids in enumerate(rows):
         if strangers := [token for token in ids if token >= known]:
             token = tokenizer.convert_ids_to_tokens(strangers[0])
@@ -136,24 +159,34 @@ def training_example(
     *,
     limit: int,
     answer_limit: int,
-    decoder: bool,
-    start: int | None = None,
+    start: Sequence[int],
 ) -> dict[str, list[int]]:
     """``input_ids``, ``attention_mask`` and ``labels`` to learn ``answer`` from the prompt.
 
-    For a decoder the answer follows the prompt and only the answer is learnt; for an encoder-decoder the
-    two are separate, and ``start`` is the token its answers begin with. The answer ends with the end token where
-    there is room for it, or the model would not learn to stop.
+    For a decoder (no ``start``) the answer follows the prompt and only the answer is learnt. For an encoder-decoder
+    the two are separate, and its decoder reads ``decoder_input_ids``: the labels one place later, from its start token
+    on. Left to the model they would begin with another token than its answers do where the two are not the same, and
+    mBART would even be shown the last label first. The answer ends with the end token where there is room for it, or
+    the model would not learn to stop.
     """
-    prompt = prompt_ids(tokenizer, template, text, limit, decoder=decoder)
+    prompt = prompt_ids(tokenizer, template, text, limit, decoder=not start)
     target = list(tokenizer(answer, add_special_tokens=False)["input_ids"])[:answer_limit]
     if tokenizer.eos_token_id is not None and len(target) < answer_limit:
         target.append(tokenizer.eos_token_id)
-    if start is not None:
-        target.insert(0, start)
-    ids = prompt + target if decoder else prompt
-    labels = [IGNORED] * len(prompt) + target if decoder else target
-    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
+    if not start:
+        ids = prompt + target
+        return {
+            "input_ids": ids,
+            "attention_mask": [1] * len(ids),
+            "labels": [IGNORED] * len(prompt) + target,
+        }
+    labels = [*start[1:], *target]
+    return {
+        "input_ids": prompt,
+        "attention_mask": [1] * len(prompt),
+        "labels": labels,
+        "decoder_input_ids": [start[0], *labels[:-1]],
+    }
 
 
 def encoded_rows(task: TaskFile, model: Any, tokenizer: Any, rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -168,14 +201,13 @@ def encoded_rows(task: TaskFile, model: Any, tokenizer: Any, rows: Sequence[Row]
     Raises:
         TaskFileError: If the answers, or a text, do not fit the model.
     """
-    decoder = not model.config.is_encoder_decoder
     if task.kind == "classification":
         numbers = {label: index for index, label in enumerate(task.labels)}
         examples = classification_examples(task, model, tokenizer, rows)
         return [
             example | {"labels": numbers[row["label"]]} for example, row in zip(examples, rows, strict=True)
         ]
-    limit, start = input_limit(task, model, tokenizer), forced_start(model)
+    limit, start = input_limit(task, model, tokenizer), answer_start(model)
     examples = [
         training_example(
             tokenizer,
@@ -184,7 +216,6 @@ def encoded_rows(task: TaskFile, model: Any, tokenizer: Any, rows: Sequence[Row]
             row["target"],
             limit=limit,
             answer_limit=task.max_new_tokens,
-            decoder=decoder,
             start=start,
         )
         for row in rows

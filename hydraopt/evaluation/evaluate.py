@@ -24,13 +24,14 @@ from hydraopt.base_models import (
     LoadedBase,
     TaskType,
     base_model_path,
+    known_tokens,
     load_base,
     quiet,
 )
 from hydraopt.bundle import Bundle
 from hydraopt.bundle.attach import attached_kind
 from hydraopt.devices import find_device
-from hydraopt.errors import AdapterFormatError, BundleError, HydraoptError, TaskFileError
+from hydraopt.errors import AdapterFormatError, BundleError, HydraoptError, TaskFileError, first_line
 from hydraopt.evaluation.encoding import virtual_tokens
 from hydraopt.evaluation.metrics import score_labels, score_texts
 from hydraopt.evaluation.predict import predict_labels, predict_texts
@@ -163,7 +164,7 @@ def evaluate_model(
     if batch_size < 1:
         raise TaskFileError(f"batch_size must be at least 1, got {batch_size}")
     model.eval()
-    with quiet(), torch.inference_mode(), _behind_virtual_tokens(task, model):
+    with quiet(), torch.inference_mode(), _told_if_it_fails(task, model, batch_size):
         if task.kind == "classification":
             predicted = predict_labels(task, model, tokenizer, rows, batch_size=batch_size, progress=progress)
             scores = score_labels(predicted, [row["label"] for row in rows])
@@ -186,19 +187,29 @@ def evaluate_model(
 
 
 @contextmanager
-def _behind_virtual_tokens(task: TaskFile, model: Any) -> Iterator[None]:
-    """Many models take no virtual tokens, or no keys and values before a text: each library says so in its own way."""
+def _told_if_it_fails(task: TaskFile, model: Any, batch_size: int) -> Iterator[None]:
+    """Name the task and the base model where that cannot be run.
+
+    Many models take no virtual tokens, or no keys and values before a text: each library says so in its own way.
+    """
+    where = f"task {task.name!r}: the base model {task.base_model!r} cannot be run"
     try:
         yield
     except HydraoptError:
         raise
-    except (ValueError, TypeError, NotImplementedError, RuntimeError) as reason:
-        if not virtual_tokens(model):
-            raise
+    except torch.OutOfMemoryError as reason:
         raise TaskFileError(
-            f"task {task.name!r}: the base model {task.base_model!r} cannot be run behind an adapter's virtual tokens: "
-            f"{(str(reason).strip() or type(reason).__name__).splitlines()[0]}"
+            f"{where} on {batch_size} rows at a time: {model.device} has too little memory; lower batch_size or take "
+            "another device"
         ) from reason
+    except (ValueError, TypeError, NotImplementedError, RuntimeError) as reason:
+        if virtual_tokens(model):
+            raise TaskFileError(
+                f"{where} behind an adapter's virtual tokens: {first_line(reason)}"
+            ) from reason
+        if isinstance(reason, ValueError):  # what a model refuses; anything else would be a fault of ours
+            raise TaskFileError(f"{where}: {first_line(reason)}") from reason
+        raise
 
 
 def _choose_rows(task: TaskFile, rows: Sequence[Row] | None, limit: int | None) -> list[Row]:
@@ -290,7 +301,9 @@ def _check_heads(tasks: Sequence[TaskFile], bundle: Bundle, base: LoadedBase) ->
 
 def _check_layers(adapter: Adapter, base: LoadedBase, task: TaskFile) -> None:
     """Whether every tensor of the adapter has its place, and every layer the base lacks is in the adapter."""
-    parameters = {name: tuple(value.shape) for name, value in base.model.named_parameters()}
+    # A layer that shares its weight with another, as a decoder's last with its first, has a name of its own.
+    named = base.model.named_parameters(remove_duplicate=False)
+    parameters = {name: tuple(value.shape) for name, value in named}
     for name, module in adapter.modules.items():
         layer = layer_name(name)
         weight = parameters.get(f"{layer}.weight")
@@ -322,8 +335,15 @@ def _fits(module: AdapterModule, weight: tuple[int, ...]) -> bool:
 
 
 def _check_prompt(adapter: Adapter, base: LoadedBase, task: TaskFile) -> None:
+    if adapter.kind != "PROMPT_TUNING":
+        return
+    if known_tokens(base.model) is None:
+        raise AdapterFormatError(
+            f"{adapter.folder}: the base model {task.base_model!r} has no table of embeddings, so it takes no virtual "
+            "tokens"
+        )
     width, found = base.model.get_input_embeddings().embedding_dim, adapter.settings["token_dim"]
-    if adapter.kind == "PROMPT_TUNING" and found != width:
+    if found != width:
         raise AdapterFormatError(
             f"{adapter.folder}: its virtual tokens are {found} wide, but the embeddings of the base model "
             f"{task.base_model!r} are {width}"
@@ -356,5 +376,5 @@ def _load_adapter(model: Any, adapter: Adapter) -> Any:
             return PeftModel.from_pretrained(model, str(adapter.folder), torch_device="cpu").eval()
         except (RuntimeError, ValueError, KeyError, UserWarning) as reason:
             raise AdapterFormatError(
-                f"{adapter.folder}: PEFT cannot put it on its base model: {str(reason).splitlines()[0]}"
+                f"{adapter.folder}: PEFT cannot put it on its base model: {first_line(reason)}"
             ) from reason

@@ -14,9 +14,9 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from hydraopt.errors import TaskFileError
 from hydraopt.evaluation.encoding import (
+    answer_start,
     check_tokens,
     classification_examples,
-    forced_start,
     input_limit,
     prompt_ids,
     virtual_tokens,
@@ -80,12 +80,13 @@ def predict_texts(
     Raises:
         TaskFileError: If the answers do not fit the model.
     """
-    decoder = not model.config.is_encoder_decoder
+    start = answer_start(model)
+    decoder = not start
     limit = input_limit(task, model, tokenizer)
     prompts = [prompt_ids(tokenizer, task.prompt, row["input"], limit, decoder=decoder) for row in rows]
     check_tokens(task, model, tokenizer, prompts)
     inputs = [{"input_ids": prompt} for prompt in prompts]
-    greedy = _greedy(model, tokenizer, task.max_new_tokens)
+    greedy = _greedy(model, tokenizer, start, task.max_new_tokens)
     # A decoder continues the last position, so the padding must stand before the prompt.
     side = "left" if decoder else "right"
     predicted: list[str | None] = [None] * len(rows)
@@ -96,7 +97,7 @@ def predict_texts(
             return model.generate(**padded.to(model.device), generation_config=settings, **more)
 
     def first_scores(batch: Sequence[Mapping[str, Any]]) -> Tensor:
-        one = _greedy(model, tokenizer, 1)
+        one = _greedy(model, tokenizer, start, 1)
         one.update(output_logits=True, return_dict_in_generate=True)
         found: Tensor = generated(batch, one).logits[-1]
         return found  # (batch, words)
@@ -108,7 +109,7 @@ def predict_texts(
             [inputs[row] for row in batch], greedy, logits_processor=LogitsProcessorList([watch])
         )
         longest = max(len(prompts[row]) for row in batch)
-        before = longest if decoder else 1 + (forced_start(model) is not None)
+        before = longest if decoder else len(start)
         # What stands behind a row's end is padding, which not every tokenizer knows to be special.
         kept = [_up_to_end(answer, greedy.eos_token_id or ()) for answer in answers[:, before:].tolist()]
         texts = tokenizer.batch_decode(kept, skip_special_tokens=True)
@@ -132,21 +133,21 @@ class _NanWatch(LogitsProcessor):  # type: ignore[misc]  # untyped library
         return scores
 
 
-def _greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> GenerationConfig:
+def _greedy(model: Any, tokenizer: Any, start: Sequence[int], max_new_tokens: int) -> GenerationConfig:
     """Plain greedy decoding: of the base model's own settings its tokens alone.
 
     An answer ends with the model's end tokens and with the tokenizer's, which is what is taught in training.
     """
-    own = model.generation_config
+    own, forced = model.generation_config, start[1:]
     ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
     return GenerationConfig(
         do_sample=False,
         num_beams=1,
-        max_new_tokens=max_new_tokens + (forced_start(model) is not None),
+        max_new_tokens=max_new_tokens + len(forced),
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=own.bos_token_id,
-        decoder_start_token_id=own.decoder_start_token_id,
-        forced_bos_token_id=forced_start(model),
+        decoder_start_token_id=start[0] if start else None,
+        forced_bos_token_id=forced[0] if forced else None,
         eos_token_id=sorted({end for end in (*ends, tokenizer.eos_token_id) if end is not None}) or None,
     )
 

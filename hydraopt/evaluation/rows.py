@@ -17,7 +17,7 @@ from typing import Any, Literal
 import datasets
 
 from hydraopt.base_models import quiet
-from hydraopt.errors import TaskFileError
+from hydraopt.errors import TaskFileError, first_line
 from hydraopt.json_text import parse_object
 
 Row = dict[str, Any]
@@ -65,9 +65,8 @@ def read_hub_split(
         with quiet():
             data = datasets.load_dataset(name, config, revision=revision, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as reason:
-        first_line = (str(reason).strip() or type(reason).__name__).splitlines()[0]
         raise TaskFileError(
-            f"{where} cannot be loaded: {first_line} Check name, split and network, or give files instead."
+            f"{where} cannot be loaded: {first_line(reason)} Check name, split and network, or give files instead."
         ) from reason
     names = {
         column: feature

@@ -26,6 +26,7 @@ from filelock import FileLock, Timeout
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
@@ -45,7 +46,7 @@ from hydraopt.base_models import (
     quiet,
 )
 from hydraopt.devices import find_device
-from hydraopt.errors import TaskFileError
+from hydraopt.errors import TaskFileError, first_line
 from hydraopt.evaluation.encoding import IGNORED, encoded_rows
 from hydraopt.evaluation.rows import Row, rows_digest
 from hydraopt.evaluation.task_file import TaskFile
@@ -54,7 +55,7 @@ from hydraopt.progress import Progress
 from hydraopt.training.checkpoints import MarkCheckpoints, last_whole_checkpoint, step_of
 from hydraopt.training.nuclear_decay import NuclearDecay
 
-TRAINING_VERSION = "3"
+TRAINING_VERSION = "4"
 """Raised whenever the same task and rows would give another adapter."""
 
 _KEPT_CHECKPOINTS = 2  # the last one may be cut short by a kill; then the one before it counts
@@ -164,7 +165,7 @@ def _new_adapter(task: TaskFile, device: torch.device) -> tuple[Any, LoadedBase]
     except ValueError as reason:
         raise TaskFileError(
             f"task {task.name!r}: lora.target_modules {targets!r} does not fit {task.base_model!r}: "
-            f"{str(reason).splitlines()[0]}"
+            f"{first_line(reason)}"
         ) from reason
     if task.lora.freeze_a:
         _freeze_a(task, model)
@@ -254,7 +255,19 @@ def _dataset(task: TaskFile, model: Any, tokenizer: Any, rows: Sequence[Row]) ->
 def _collator(task: TaskFile, tokenizer: Any) -> Any:
     if task.kind == "classification":
         return DataCollatorWithPadding(tokenizer)
-    return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
+    padded = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
+    if task.task_type() == "CAUSAL_LM":
+        return padded
+
+    def with_what_the_decoder_reads(examples: list[dict[str, Any]]) -> Any:
+        read = [torch.tensor(example.pop("decoder_input_ids")) for example in examples]
+        batch = padded(examples)
+        batch["decoder_input_ids"] = pad_sequence(
+            read, batch_first=True, padding_value=tokenizer.pad_token_id
+        )
+        return batch
+
+    return with_what_the_decoder_reads
 
 
 class _Report(TrainerCallback):  # type: ignore[misc]  # untyped library
@@ -272,7 +285,8 @@ class _Report(TrainerCallback):  # type: ignore[misc]  # untyped library
 def _publish(task: TaskFile, model: Any, out: Path, partial: Path) -> None:
     """Write the adapter beside ``out`` and move it there whole."""
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
-    tensors = {name: value.detach().cpu().contiguous() for name, value in sorted(state.items())}
+    # Copies: a head may hold one tensor under two names, which safetensors refuses.
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in sorted(state.items())}
     _check_finite(task, tensors)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

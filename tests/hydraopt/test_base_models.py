@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
@@ -14,12 +15,21 @@ import pytest
 import torch
 import transformers
 from tiny_models import save_model
-from transformers import AutoTokenizer, XLNetConfig, XLNetModel
+from transformers import (
+    AutoTokenizer,
+    CanineConfig,
+    CanineModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    XLNetConfig,
+    XLNetModel,
+)
 
 from hydraopt.base_models import (
     PACKAGED_MODELS,
     base_model_path,
     generation_task_type,
+    known_tokens,
     load_base,
     load_base_model,
     quiet,
@@ -93,6 +103,98 @@ def test_a_classifier_that_reads_padding_as_text_is_refused(tiny_encoder, tmp_pa
     save_model(XLNetModel, config, AutoTokenizer.from_pretrained(tiny_encoder), tmp_path / "xlnet")
     with pytest.raises(TaskFileError, match=r"xlnet classifies by the last place"):
         load_base(str(tmp_path / "xlnet"), None, "SEQ_CLS", num_labels=3)
+
+
+def test_a_tokenizer_that_masks_nothing_is_made_to(topic_task, tiny_encoder, tmp_path):
+    """Else a model reads the padding, and says something else of a text beside longer ones."""
+    shutil.copytree(tiny_encoder, tmp_path / "base")
+    settings = tmp_path / "base" / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"model_input_names": ["input_ids"]}))
+    assert "attention_mask" not in AutoTokenizer.from_pretrained(tmp_path / "base")("a")
+    _, tokenizer = load_base_model(str(tmp_path / "base"), None, "SEQ_CLS", num_labels=3)
+    batch = tokenizer.pad([tokenizer("a"), tokenizer("a red apple")])
+    assert batch["attention_mask"] == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
+
+
+def test_padding_that_lies_behind_gaps_in_the_vocabulary_is_kept(tiny_decoder, tmp_path):
+    """40 embeddings, words up to 29, and the padding 35: more than there are words."""
+    words = json.loads((tiny_decoder / "tokenizer.json").read_text())
+    words["model"]["vocab"]["<fill>"] = 35
+    words["added_tokens"].append(words["added_tokens"][0] | {"id": 35, "content": "<fill>"})
+    tokenizer = AutoTokenizer.from_pretrained(tiny_decoder)
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        bos_token_id=2, eos_token_id=3,
+    )  # fmt: skip
+    save_model(LlamaForCausalLM, config, tokenizer, tmp_path / "base")
+    (tmp_path / "base" / "tokenizer.json").write_text(json.dumps(words))
+    settings = tmp_path / "base" / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"pad_token": "<fill>"}))
+    model, tokenizer = load_base_model(str(tmp_path / "base"), None, "SEQ_CLS", num_labels=3)
+    assert len(tokenizer) < 35
+    assert tokenizer.pad_token_id == model.config.pad_token_id == 35
+
+
+def test_a_model_without_a_table_of_embeddings_is_loaded(tiny_encoder, tmp_path):
+    """CANINE hashes its tokens."""
+    config = CanineConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, num_hash_buckets=64,
+        pad_token_id=0, bos_token_id=2, eos_token_id=3,
+    )  # fmt: skip
+    save_model(CanineModel, config, AutoTokenizer.from_pretrained(tiny_encoder), tmp_path / "canine")
+    model, tokenizer = load_base_model(str(tmp_path / "canine"), None, "SEQ_CLS", num_labels=3)
+    assert known_tokens(model) is None
+    assert tokenizer.pad_token_id == 0
+
+
+def test_an_encoder_is_no_generator(tiny_encoder, tmp_path):
+    """It would see the answer it is to learn."""
+    with pytest.raises(TaskFileError, match=r"bert looks ahead.*set is_decoder to true"):
+        load_base(str(tiny_encoder), None, "CAUSAL_LM")
+    shutil.copytree(tiny_encoder, tmp_path / "base")
+    settings = tmp_path / "base" / "config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"is_decoder": True}))
+    assert load_base(str(tmp_path / "base"), None, "CAUSAL_LM").new_layers
+
+
+def damaged(file: str, old: str, new: str) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        text = (folder / file).read_text()
+        assert old in text
+        (folder / file).write_text(text.replace(old, new, 1))
+
+    return damage
+
+
+def cut_short(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+DAMAGES = {
+    "weights cut short": cut_short,
+    "weights that are none": lambda folder: (folder / "model.safetensors").write_bytes(b"nonsense" * 20),
+    "a number as text": damaged("config.json", '"hidden_size": 32', '"hidden_size": "thirty-two"'),
+    "a width that does not divide": damaged(
+        "config.json", '"num_attention_heads": 2', '"num_attention_heads": 3'
+    ),
+    "fewer than no words": damaged("config.json", '"vocab_size": 30', '"vocab_size": -1'),
+    "a setting that is a list": damaged("config.json", '"hidden_act": "gelu"', '"hidden_act": [1]'),
+    "no configuration": damaged("config.json", "{", ""),
+    "no object": lambda folder: (folder / "config.json").write_text("[]"),
+    "words of no kind": damaged("tokenizer.json", '"WordLevel"', '"Nonsense"'),
+    "no tokenizer": damaged("tokenizer.json", "{", ""),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damaged_files_are_named(tiny_encoder, tmp_path, name):
+    """Transformers, tokenizers and safetensors each say so in their own way, a bare Exception included."""
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_encoder, folder)
+    DAMAGES[name](folder)
+    with pytest.raises(TaskFileError, match=rf"base model '{folder}' cannot be loaded: \S"):
+        load_base(str(folder), None, "SEQ_CLS", num_labels=3)
 
 
 def test_the_kind_of_generator_is_told_by_its_configuration(tiny_decoder, tiny_seq2seq):

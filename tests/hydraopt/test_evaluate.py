@@ -355,14 +355,18 @@ def test_other_braces_in_a_prompt_are_left_alone(tiny_decoder):
 def test_only_the_answer_and_its_end_are_learnt(tiny_decoder, tiny_seq2seq):
     tokenizer = AutoTokenizer.from_pretrained(tiny_decoder)
     settings = {"limit": 32, "answer_limit": 8}
-    example = training_example(tokenizer, "the {input} is", "apple", "red", decoder=True, **settings)
+    example = training_example(tokenizer, "the {input} is", "apple", "red", start=(), **settings)
     prompt = tokenizer("the apple is")["input_ids"]
     red = tokenizer.convert_tokens_to_ids("red")
     assert example["input_ids"] == [*prompt, red, tokenizer.eos_token_id]
     assert example["labels"] == [IGNORED] * len(prompt) + [red, tokenizer.eos_token_id]
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_seq2seq)
-    example = training_example(tokenizer, "the {input} is", "apple", "red", decoder=False, **settings)
+    example = training_example(tokenizer, "the {input} is", "apple", "red", start=(0,), **settings)
     assert example["input_ids"] == tokenizer("the apple is")["input_ids"]
     assert example["labels"] == [red, tokenizer.eos_token_id]
+    assert example["decoder_input_ids"] == [0, red]
+    example = training_example(tokenizer, "the {input} is", "apple", "red", start=(0, 9), **settings)
+    assert example["labels"] == [9, red, tokenizer.eos_token_id]
+    assert example["decoder_input_ids"] == [0, 9, red]
     assert AutoModelForSeq2SeqLM.from_pretrained(tiny_seq2seq).config.is_encoder_decoder

@@ -29,14 +29,18 @@ from transformers import (
     ConvBertConfig,
     ConvBertModel,
     GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
     RobertaConfig,
     RobertaModel,
+    XmodConfig,
+    XmodModel,
 )
 
 import hydraopt
 from hydraopt.base_models import load_base, load_base_model
 from hydraopt.errors import AdapterFormatError, BundleError, TaskFileError
-from hydraopt.evaluation.encoding import encoded_rows
+from hydraopt.evaluation.encoding import answer_start, encoded_rows
 from hydraopt.evaluation.evaluate import evaluate_adapter, evaluate_bundle_tasks
 from hydraopt.evaluation.predict import predict_labels, predict_texts
 
@@ -299,6 +303,72 @@ def test_an_end_token_inside_a_text_is_told_where_the_model_classifies_by_it(
     rows = [{"text": "an apple", "label": "fruit"}, {"text": "an apple [SEP] red", "label": "fruit"}]
     with pytest.raises(TaskFileError, match=r"row 1: 2 end tokens, '\[SEP\]'"):
         evaluate_adapter(task, folder, rows=rows, device="cpu")
+
+
+def test_what_a_decoder_starts_from_is_read_where_it_stands(echo_task, tiny_seq2seq):
+    """generate reads generation_config.json, config.json, then the first token of any text; T5 may name none."""
+    model, tokenizer = load_base_model(str(tiny_seq2seq), None, "SEQ_2_SEQ_LM")
+    task = echo_task(tiny_seq2seq)
+    rows = task.read_rows("test")
+    own = model.generation_config
+
+    def start(generation: int | None, config: int | None, first: int | None) -> None:
+        own.decoder_start_token_id, own.bos_token_id = generation, first
+        model.config.decoder_start_token_id = config
+
+    for tokens, expected in (((5, 6, 7), 5), ((None, 6, 7), 6), ((None, 0, 7), 0), ((None, None, 7), 7)):
+        start(*tokens)
+        assert answer_start(model) == (expected,)
+    answers = {}
+    with torch.inference_mode():
+        for token in (0, 9):
+            start(None, token, None)
+            answers[token] = predict_texts(task, model, tokenizer, rows, batch_size=5)
+            start(token, None, None)
+            assert predict_texts(task, model, tokenizer, rows, batch_size=5) == answers[token]
+        assert answers[0] != answers[9]
+        start(None, None, None)
+        with pytest.raises(
+            TaskFileError, match=r"tiny-seq2seq': its config.json has no decoder_start_token_id"
+        ):
+            predict_texts(task, model, tokenizer, rows, batch_size=5)
+
+
+def test_a_last_layer_that_shares_its_weight_with_the_first_has_a_name(echo_task, tmp_path):
+    """Most small decoders tie the two; LoRA updates the last alone."""
+    tokenizer = word_tokenizer(bos_token="[CLS]", eos_token="[SEP]", pad_token="[PAD]", unk_token="[UNK]")
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48,
+        initializer_range=0.2, tie_word_embeddings=True, bos_token_id=2, eos_token_id=3, pad_token_id=0,
+    )  # fmt: skip
+    save_model(LlamaForCausalLM, config, tokenizer, tmp_path / "base")
+    both = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "lm_head"])
+    folder = trained(tmp_path / "a", tmp_path / "base", "CAUSAL_LM", both)
+    task = echo_task(tmp_path / "base")
+    model, tokenizer = by_hand(folder, tmp_path / "base", "CAUSAL_LM")
+    assert model.get_base_model().lm_head.base_layer.weight is model.get_input_embeddings().weight
+    rows = task.read_rows("test")
+    with torch.inference_mode():
+        expected = predict_texts(task, model, tokenizer, rows, batch_size=1)
+    assert len(set(expected)) > 1
+    told = [row | {"target": said} for row, said in zip(rows, expected, strict=True) if said]
+    assert evaluate_adapter(task, folder, device="cpu", rows=told).value == 1.0
+
+
+def test_what_a_model_refuses_is_told_with_its_name(topic_task, tmp_path):
+    """X-MOD without a default language."""
+    tokenizer = word_tokenizer(cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]", unk_token="[UNK]")
+    config = XmodConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48,
+        languages=["en_XX", "de_DE"], pad_token_id=0,
+    )  # fmt: skip
+    save_model(XmodModel, config, tokenizer, tmp_path / "base")
+    config = LoraConfig(task_type="SEQ_CLS", target_modules=["query"], modules_to_save=["classifier"])
+    folder = trained(tmp_path / "a", tmp_path / "base", "SEQ_CLS", config, 3)
+    with pytest.raises(
+        TaskFileError, match=r"task 'topic': the base model '.*base' cannot be run: Input language"
+    ):
+        evaluate_adapter(topic_task(base_model=str(tmp_path / "base")), folder, device="cpu")
 
 
 @pytest.mark.parametrize("kind", ["decoder", "seq2seq"])

@@ -22,19 +22,24 @@ from tiny_models import TOPICS, save_model, word_tokenizer
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BertConfig,
+    BertModel,
     DebertaV2Config,
     DebertaV2Model,
     DistilBertConfig,
     DistilBertModel,
     ElectraConfig,
     ElectraModel,
+    MBartConfig,
+    MBartForConditionalGeneration,
     RobertaConfig,
     RobertaModel,
 )
 
 import hydraopt
-from hydraopt.base_models import load_base
+from hydraopt.base_models import load_base, load_base_model
 from hydraopt.errors import TaskFileError
+from hydraopt.evaluation.encoding import encoded_rows
 from hydraopt.evaluation.evaluate import evaluate_adapter, evaluate_bundle
 from hydraopt.evaluation.task_file import TaskFile
 from hydraopt.training.finetune import finetune, training_key
@@ -382,24 +387,14 @@ def loss_on_answers(task: TaskFile, adapter: Path | None) -> float:
     """Mean cross-entropy of the training answers, with the adapter or without."""
     from peft import PeftModel
 
-    from hydraopt.base_models import generation_task_type, load_base_model
-    from hydraopt.evaluation.encoding import training_example
+    from hydraopt.base_models import generation_task_type
 
     task_type = generation_task_type(task.base_model, None)
     model, tokenizer = load_base_model(task.base_model, None, task_type)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, str(adapter)).eval()
     losses = []
-    for row in task.read_rows("train"):
-        example = training_example(
-            tokenizer,
-            task.prompt,
-            row["input"],
-            row["target"],
-            limit=32,
-            answer_limit=4,
-            decoder=task_type == "CAUSAL_LM",
-        )
+    for example in encoded_rows(task, model, tokenizer, task.read_rows("train")):
         with torch.inference_mode():
             losses.append(model(**{key: torch.tensor([value]) for key, value in example.items()}).loss.item())
     return sum(losses) / len(losses)
@@ -537,3 +532,46 @@ def test_answers_as_long_as_allowed_are_learnt_whole(echo_task, tiny_decoder, tm
     # Learnt by heart; to answer with the end at once would score 0.
     value = evaluate_adapter(task, tmp_path / "a", rows=task.read_rows("train"), device="cpu").value
     assert value > 0.5  # measured 1.0
+
+
+def test_an_encoder_decoder_learns_from_the_token_its_answers_start_with(echo_task, tmp_path):
+    """mBART left to itself begins with the last label, which is the answer where there is no room for an end."""
+    tokenizer = word_tokenizer(eos_token="[SEP]", pad_token="[PAD]", unk_token="[UNK]", model_max_length=32)
+    config = MBartConfig(
+        vocab_size=len(tokenizer), d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=32,
+        pad_token_id=0, bos_token_id=2, eos_token_id=3, decoder_start_token_id=2, init_std=0.2,
+    )  # fmt: skip
+    save_model(MBartForConditionalGeneration, config, tokenizer, tmp_path / "base")
+    task = echo_task(
+        tmp_path / "base",
+        max_new_tokens=1,
+        lora={"r": 8, "alpha": 16, "target_modules": "all-linear"},
+        training={"epochs": 30, "batch_size": 8, "learning_rate": 0.02},
+    )
+    finetune(task, tmp_path / "a", work=tmp_path / "w", device="cpu")
+    rows = task.read_rows("train")
+    value = evaluate_adapter(task, tmp_path / "a", rows=rows, device="cpu").value
+    assert value > 0.5  # measured 0.85
+    model, tokenizer = load_base_model(task.base_model, None, "SEQ_2_SEQ_LM")
+    first = encoded_rows(task, model, tokenizer, rows)[0]
+    assert first["decoder_input_ids"] == [2]
+    assert first["labels"] == tokenizer(rows[0]["target"], add_special_tokens=False)["input_ids"]
+
+
+def test_a_decoder_whose_new_head_shares_a_tensor_is_saved_whole(echo_task, tmp_path):
+    """BERT's language head holds its bias twice, under two names; safetensors refuses what lies in one place."""
+    tokenizer = word_tokenizer(bos_token="[CLS]", eos_token="[SEP]", pad_token="[PAD]", unk_token="[UNK]")
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48,
+        initializer_range=0.2, is_decoder=True, pad_token_id=0, bos_token_id=2, eos_token_id=3,
+    )  # fmt: skip
+    save_model(BertModel, config, tokenizer, tmp_path / "base")
+    task = echo_task(tmp_path / "base", training={"epochs": 20, "batch_size": 8, "learning_rate": 0.02})
+    finetune(task, tmp_path / "a", work=tmp_path / "w", device="cpu")
+    own = evaluate_adapter(task, tmp_path / "a", rows=task.read_rows("train"), device="cpu")
+    assert own.value > 0.5
+    bundle = hydraopt.merge(
+        {"echo": tmp_path / "a"}, budget=None, max_error=1e-7, dtype="float32", device="cpu"
+    )
+    assert evaluate_bundle(task, bundle, rows=task.read_rows("train"), device="cpu") == own

@@ -155,13 +155,14 @@ def test_the_iteration_finds_what_the_full_decomposition_finds():
     torch.testing.assert_close(along, found.energies, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize(("tasks", "tolerance"), [(30, 5e-3), (150, 3e-2)])
+@pytest.mark.parametrize("tasks", [30, 150])
 @pytest.mark.parametrize("rounds", [False, True])
-def test_rows_are_as_precise_where_products_round_to_bfloat16(tasks, tolerance, rounds, monkeypatch):
+def test_rows_are_as_precise_where_products_round_to_bfloat16(tasks, rounds, monkeypatch):
     """Adapters of bfloat16 numbers, their directions over four orders of magnitude, few enough for the full
     decomposition and too many: each row holds the energy it is said to, the weak ones, sums of large numbers that
-    cancel, as well. The tolerances are for rows rounded to bfloat16, and for weak rows of an iteration. The rounding
-    of products is done here, for processors that would not."""
+    cancel, as well. The tolerance is for rows rounded to bfloat16 and, beside it, for sums in float32, whose last digit
+    is that of the strongest row: measured at half a digit on three processors. The rounding of products is done here,
+    for processors that would not."""
     if rounds:
         exact = torch.Tensor.__matmul__
 
@@ -182,7 +183,8 @@ def test_rows_are_as_precise_where_products_round_to_bfloat16(tasks, tolerance, 
     found = find_basis(one, 16)
     monkeypatch.undo()
     along = (one.cores @ (one.downs.double() @ found.rows.double().mT)).square().sum(dim=(0, 1))
-    torch.testing.assert_close(along, found.energies, rtol=tolerance, atol=0)
+    last_digit = torch.finfo(torch.float32).eps * float(found.energies[0])
+    torch.testing.assert_close(along, found.energies, rtol=5e-3, atol=2 * last_digit)
 
 
 def test_every_vector_takes_its_cheapest_precision():

@@ -60,9 +60,6 @@ class MergeRun:
         metrics: Second moment of the inputs of some modules, (d_in, d_in) by name, from calibration data.
         executor: Where modules are worked on; None is threads of this process.
         kept: Factors of the same adapters on the same device, from another merge; None is a new place on a GPU.
-
-    Raises:
-        BudgetError: If there are metrics and the method has no use for them.
     """
 
     def __init__(
@@ -80,10 +77,6 @@ class MergeRun:
         self.recipe = recipe
         self.device = device
         self.progress = progress
-        if metrics and recipe.method in {*ONE_FOR_ALL, "gradient"}:
-            raise BudgetError(
-                f"calibration data is not for the method {recipe.method!r}, which measures no inputs"
-            )
         self.metrics = metrics or {}
         self.executor = executor
         self.tasks = tuple(adapters)

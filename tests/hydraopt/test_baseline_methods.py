@@ -18,11 +18,9 @@ from hydraopt.errors import AdapterFormatError, BudgetError, BundleError
 from hydraopt.merging.baselines import module_seed
 from hydraopt.merging.dare import dare, dare_ties
 from hydraopt.merging.low_rank import LowRank
-from hydraopt.merging.merge import silent
-from hydraopt.merging.run import MergeRun
+from hydraopt.merging.second_moments import SecondMoments
 from hydraopt.merging.task_arithmetic import task_arithmetic
 from hydraopt.merging.ties import ties
-from hydraopt.recipe import Recipe
 
 ONE_FOR_ALL = ("ta", "ties", "dare", "dare-ties")
 LACKED = "model.layers.0.q_proj"
@@ -207,11 +205,10 @@ def test_adapters_that_no_average_can_serve_are_refused(workshop, folders):
             hydraopt.merge(folders, method=method)
 
 
-@pytest.mark.parametrize("recipe", [Recipe(method="ta", rank=2), Recipe(method="gradient", rank=2)])
-def test_calibration_is_not_silently_left_aside(folders, recipe):
-    adapters = {task: hydraopt.read_adapter(folder) for task, folder in folders.items()}
-    with pytest.raises(BudgetError, match=f"calibration data is not for the method '{recipe.method}'"):
-        MergeRun(adapters, recipe, torch.device("cpu"), silent, {LACKED: torch.eye(16)})
+@pytest.mark.parametrize("method", ["ta", "gradient"])
+def test_calibration_is_not_silently_left_aside(folders, method):
+    with pytest.raises(BudgetError, match=f"calibration is not for the method '{method}'"):
+        hydraopt.merge(folders, method=method, rank=2, metrics=SecondMoments({}, "0" * 64))
 
 
 def test_no_former_baseline_is_continued(workshop, folders):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 import time
@@ -46,7 +47,8 @@ _DEVICES = ["auto", "cpu", "cuda"]
 @click.option(
     "--max-error",
     type=float,
-    help="Instead of a budget: a bound on |dW - merged| / |dW|, root mean square over the tasks by their weights.",
+    help="Instead of a budget: a bound on |dW - merged| / |dW|, root mean square over the tasks by their --weights; "
+    "with --calibrate, of what the modules give out for the rows' inputs.",
 )
 @click.option(
     "--keep-shared",
@@ -116,10 +118,12 @@ def merge(
     A task is named like its folder, or NAME=FOLDER says otherwise. With --keep-shared, devices that hold the
     former bundle fetch the files of changed tasks alone.
 
-    Example: hydraopt merge adapters/mood adapters/topic=runs/17 --budget 0.25 --out bundle
+    Example: hydraopt merge adapters/mood topic=runs/17 --budget 0.25 --out bundle
     """
     import hydraopt
+    from hydraopt.bundle.contents import check_replaceable
 
+    check_replaceable(out)
     _check_calibration(calibrate, calibrate_rows, settings["method"])
     collect_seldom()
     start = time.perf_counter()
@@ -339,7 +343,7 @@ def _named(arguments: Iterable[str]) -> dict[str, Path]:
         name, equals, folder = argument.partition("=")
         if not equals or Path(argument).is_dir():
             path = Path(argument)
-            name = path.resolve().name
+            name = Path(os.path.abspath(argument)).name  # noqa: PTH100 - a link's own name, not its target's
         else:
             if not folder:
                 raise AdapterMismatchError(f"{argument!r} names no folder: write NAME=FOLDER")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -31,7 +31,7 @@ from hydraopt.bundle.saved_file import SavedFile, find_saved, read_saved
 from hydraopt.bundle.scratch import Scratch
 from hydraopt.bundle.stored_rows import Link, Reader, StoredRows
 from hydraopt.bundle.tensor_bytes import encode
-from hydraopt.bundle.whole_folder import is_vacant, write_file
+from hydraopt.bundle.whole_folder import in_place_of, is_vacant, write_file
 from hydraopt.errors import BundleError
 from hydraopt.finite import all_finite
 
@@ -249,15 +249,10 @@ class Bundle:
                 its bundle, or lies within another one.
         """
         path = Path(path)
-        _check_replaceable(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
-            fresh = Path(temporary) / "new"
+        check_replaceable(path)
+        with in_place_of(path) as fresh:
             self.contents.write(fresh)
             write_file(fresh / MANIFEST_FILE, self.manifest.canonical())
-            if path.exists():  # a folder cannot replace a non-empty one: move the old one aside first
-                path.rename(Path(temporary) / "old")
-            fresh.rename(path)
         return path
 
     @classmethod
@@ -329,9 +324,16 @@ def verify(path: str | Path) -> Manifest:
     return bundle.manifest
 
 
-def _check_replaceable(path: Path) -> None:
-    """Refuse to write a bundle over anything else."""
+def check_replaceable(path: Path) -> None:
+    """Refuse to write a bundle over anything else, or where nothing can be written.
+
+    Raises:
+        BundleError: As for :meth:`Bundle.save`.
+    """
     check_outside(path)
+    place = next(folder for folder in path.absolute().parents if folder.exists())
+    if not os.access(place, os.W_OK):
+        raise BundleError(f"{path}: nothing can be written in {place}; choose another place")
     if path.is_symlink() and not path.exists():
         raise BundleError(f"{path}: is a link that leads nowhere; remove it, or choose another place")
     if path.exists() and path.samefile("."):

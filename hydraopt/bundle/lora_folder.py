@@ -14,6 +14,7 @@ from hydraopt.adapters.module import PREFIX
 from hydraopt.bundle.chains import Chain, chain_rank, pair, zero_chain
 from hydraopt.bundle.contents import Bundle
 from hydraopt.bundle.stored_rows import StoredRows
+from hydraopt.errors import BundleError
 
 
 class Folder(NamedTuple):
@@ -30,15 +31,30 @@ def lora_chains(
 
     A module of rank 0 is left out, but for DoRA, whose magnitude still acts on it: PEFT cannot hold a rank of 0, so it
     keeps one zero direction. So does a task that changes nothing, as PEFT cannot hold an adapter without a module.
+
+    Raises:
+        BundleError: If the task changes nothing and the bundle has no module that it could leave as it is.
     """
-    chains = bundle.factors(task, read_shared)
-    kept = {name: chain for name, chain in chains.items() if chain_rank(chain) > 0}
+    chains = bundle.factors(task, read_shared) or {_any_module(bundle, task): ()}
+    kept = {name: chain for name, chain in chains.items() if chain and chain_rank(chain) > 0}
+    shapes = {module.name: module.shape for module in bundle.manifest.modules}
     keeps_all = bundle.manifest.tasks[task].settings.get("use_dora")
     for name in chains if keeps_all else list(chains)[:1] if not kept else ():
         if name not in kept:
-            chain = chains[name]
-            kept[name] = zero_chain((chain[0].shape[0], chain[-1].shape[1]), chain[0].dtype)
+            kept[name] = zero_chain(shapes[name], bundle.dtype)
     return kept
+
+
+def _any_module(bundle: Bundle, task: str) -> str:
+    """A module that tasks of the same kind of model update: one in a group of none keeps no module of its own."""
+    kinds = {name: (entry.kind, entry.task_type) for name, entry in bundle.manifest.tasks.items()}
+    alike = [name for name, kind in kinds.items() if kind == kinds[task]]
+    found = next((module.name for module in bundle.modules_of(alike) if module.layer == "linear"), None)
+    if found is None:
+        raise BundleError(
+            f"task {task!r} changes nothing, and the bundle has no module of its kind for it to hold; leave it out"
+        )
+    return found
 
 
 def stored_dtype(bundle: Bundle) -> torch.dtype:

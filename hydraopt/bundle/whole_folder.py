@@ -5,17 +5,27 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+_ENDING = ".partial"
+_LOCK, _NEW, _OLD = "lock", "new", "old"
 
 
 def write_file(file: Path, *parts: bytes | memoryview) -> None:
     """Write a file's bytes, one part after the other, and wait for the disk."""
-    with file.open("wb") as handle:
-        for part in parts:
-            handle.write(part)
-        handle.flush()
-        os.fsync(handle.fileno())
+    try:
+        with file.open("wb") as handle:
+            for part in parts:
+                handle.write(part)
+            handle.flush()
+            os.fsync(handle.fileno())
+    except OSError as reason:
+        reason.filename = reason.filename or str(file)  # a full disk does not say what it is too full for
+        raise
 
 
 def is_vacant(folder: Path) -> bool:
@@ -25,13 +35,42 @@ def is_vacant(folder: Path) -> bool:
 
 def write_folder(folder: Path, files: Mapping[str, bytes]) -> Path:
     """Write a folder of small files whole or not at all, in place of what was there."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
-        fresh = Path(temporary) / "new"
-        fresh.mkdir()
+    with in_place_of(folder) as fresh:
         for name, data in files.items():
             write_file(fresh / name, data)
-        if folder.exists():
-            shutil.move(folder, Path(temporary) / "old")
-        fresh.rename(folder)
     return folder
+
+
+@contextmanager
+def in_place_of(folder: Path) -> Iterator[Path]:
+    """A new folder to fill; when that has gone well, it takes the place of what was there.
+
+    It lies in a hidden one beside it. What is left of one whose process was killed goes the next time, and if that was
+    killed in the instant in which the old folder had gone and the new one had not come, the old one comes back first.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _clear_up(folder)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=_ENDING, dir=folder.parent) as name:
+        own = Path(name)
+        with FileLock(own / _LOCK):
+            fresh = own / _NEW
+            fresh.mkdir()
+            yield fresh
+            if folder.exists():  # a folder cannot replace a non-empty one: move the old one aside first
+                folder.rename(own / _OLD)
+            fresh.rename(folder)
+
+
+def _clear_up(folder: Path) -> None:
+    for left in folder.parent.iterdir():
+        # Between the two lie random letters; a folder whose name is longer by an ending has left its own.
+        is_ours = left.suffix == _ENDING and Path(left.stem).stem == f".{folder.name}"
+        if not is_ours or not (left / _LOCK).is_file():
+            continue
+        try:
+            with FileLock(left / _LOCK, timeout=0):  # the lock goes with its process
+                if (left / _OLD).is_dir() and not folder.exists():
+                    (left / _OLD).rename(folder)
+                shutil.rmtree(left)
+        except Timeout:
+            continue

@@ -142,6 +142,7 @@ class _RoundedRows(NamedTuple):
     """``A'`` as it is stored; see :class:`hydraopt.merging.dense_heads.StoredRows`."""
 
     blocks: list[Block]
+    rows: Tensor
     gram: Tensor
     cross: Tensor
 
@@ -151,7 +152,7 @@ def _rounded_rows(
 ) -> _RoundedRows:
     stored, decoded = encode_ragged(rows[None].to(problem.downs.dtype, copy=True), levels[None], bits, dtype)
     (rows,) = decoded
-    return _RoundedRows(stored[0], (rows @ rows.mT).double(), (problem.downs @ rows.mT).double())
+    return _RoundedRows(stored[0], rows, (rows @ rows.mT).double(), (problem.downs @ rows.mT).double())
 
 
 def own_updates(problem: ModuleProblem) -> list[LowRank]:

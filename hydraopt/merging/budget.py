@@ -20,6 +20,7 @@ from hydraopt.merging.option import LEFT_OUT, Choice, Floats, Ints, Levels, Opti
 
 _GRID = 80
 _CHEAPEST, _DEAREST = 1e-7, 1e5  # in units of all error over all bytes
+_FREE = 1e-13  # of the cheapest: no direction that a float64 tells from rounding is dropped for its bytes
 _NARROW = 17  # prices per narrowing
 _PRECISE = 1 + 1e-6
 
@@ -292,10 +293,18 @@ def within_error(modules: PricedModules, max_error: float, whole: float) -> list
     bound = max_error**2 * whole
     close, _ = _bracket(modules, lambda total, _: total <= bound)
     if total_error(close) > bound:
+        close, _ = _bracket(_cheaper(modules), lambda total, _: total <= bound)
+    if total_error(close) > bound:
         raise _unreachable(
             max_error, relative_error(close, whole), "this recipe", "more bits, dtype='float32'"
         )
     return close
+
+
+def _cheaper(modules: PricedModules) -> PricedModules:
+    """The same options at prices below the grid's, down to none: every direction at the finest precision."""
+    prices = np.geomspace(_FREE * modules.prices[0], modules.prices[0], _GRID)
+    return PricedModules([ModuleCurves.of(module.options, prices) for module in modules.modules], prices)
 
 
 def _unreachable(max_error: float, least: float, what: str, way_out: str) -> BudgetError:

@@ -28,7 +28,7 @@ from hydraopt.merging.option import (
     Rates,
     StoredModule,
 )
-from hydraopt.merging.problem import ModuleProblem, Projected
+from hydraopt.merging.problem import ModuleProblem, StoredSide
 from hydraopt.merging.refit import stored_module
 from hydraopt.merging.shared_a import SharedRows, store_rows
 from hydraopt.precision import Block, encode
@@ -86,6 +86,10 @@ class StoredRows(Protocol):
         """Its bytes."""
 
     @property
+    def rows(self) -> Tensor:
+        """(q, d_in): what they decode to."""
+
+    @property
     def gram(self) -> Tensor:
         """``A' A'^T`` (q, q), float64."""
 
@@ -125,11 +129,12 @@ def stored_heads(
     ups = heads if groups is None else torch.cat([heads, torch.zeros_like(heads[:1])])[list(groups)]
     up_cross, up_gram = (ups @ problem.ups).mT.double(), (ups @ ups.mT).double()
     tasks = len(problem.tasks)
-    projected = Projected(up_cross, up_gram, rows.cross, rows.gram.expand(tasks, -1, -1))
+    up = StoredSide(ups, None, up_cross, up_gram)
+    down = StoredSide(rows.rows, None, rows.cross, rows.gram.expand(tasks, -1, -1))
     if groups is None:
-        return stored_module(problem, rows.blocks, [stored], projected)
+        return stored_module(problem, rows.blocks, [stored], up, down)
     blocks = rows.blocks + [block for head in stored for block in head]
-    return stored_module(problem, blocks, [[[] for _ in problem.tasks]], projected)
+    return stored_module(problem, blocks, [[[] for _ in problem.tasks]], up, down)
 
 
 def options(problem: ModuleProblem, basis: Basis, ranks: Sequence[int], bits: Sequence[int]) -> list[Option]:

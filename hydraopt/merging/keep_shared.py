@@ -50,7 +50,7 @@ from hydraopt.merging.parallel import in_order
 from hydraopt.merging.problem import ModuleProblem, load_module, module_names
 from hydraopt.merging.run import TINY, check_finite, check_range
 from hydraopt.merging.side_by_side import joined, joined_levels, parted
-from hydraopt.merging.solving import allowed_bytes, fit_container
+from hydraopt.merging.solving import allowed_bytes, fit_container, within_bound
 from hydraopt.merging.stored_factors import StoredFactors
 from hydraopt.progress import Progress
 from hydraopt.recipe import SOLVER_VERSION, Recipe
@@ -129,7 +129,10 @@ class KeepingRun:
         """The bundle; the former one itself where no task has changed, come or gone."""
         if not self.changed and self.kept == self.former.task_names:
             return self.former
-        choices = self._solve()
+        return within_bound(self.recipe, self._attempt, None if self.metrics else self._weights)
+
+    def _attempt(self, max_error: float | None) -> Bundle:
+        choices = self._solve(max_error)
         entries = [
             entry.model_copy(update={"shared": self.factors[entry.name].entry.shared})
             for entry in self.assembly.entries(choices)
@@ -187,7 +190,7 @@ class KeepingRun:
             )
         return options
 
-    def _solve(self) -> list[Choice]:
+    def _solve(self, max_error: float | None) -> list[Choice]:
         options, recipe = self._options(), self.recipe
         if not options:
             return []
@@ -196,17 +199,17 @@ class KeepingRun:
         total = sum(recipe.weights.get(task, 1.0) for task, weight in self._weights.items() if weight > 0)
         prices = price_grid(total, self.assembly.reference_bytes)
         curves = PricedModules([ModuleCurves.of([option], prices) for option in options], prices)
-        if recipe.max_error is None:
+        if max_error is None:
             return self._fit_container(curves)
         least = every_direction(options, [self._full_ranks(name) for name in self.modules])
-        bound = recipe.max_error**2 * total
+        bound = max_error**2 * total
         if total_error(least) > bound:
             reached = relative_error(least, total)
             raise BudgetError(
-                f"max_error={recipe.max_error}: on the shared part that is kept, the changed tasks reach no less than "
+                f"max_error={max_error}: on the shared part that is kept, the changed tasks reach no less than "
                 f"{reached:.4f}; merge afresh, without keep_shared"
             )
-        return within_error(curves, recipe.max_error, total)
+        return within_error(curves, max_error, total)
 
     def _full_ranks(self, name: str) -> list[int]:
         module = self._traced[name]

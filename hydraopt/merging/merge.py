@@ -170,15 +170,18 @@ def make_recipe(**settings: object) -> Recipe:
 
 
 def check_weights(recipe: Recipe, adapters: Mapping[str, Adapter]) -> None:
-    """Check that weights name tasks of the set.
+    """Check that weights name tasks of the set, and leave one that counts.
 
     Raises:
-        AdapterMismatchError: If one does not.
+        AdapterMismatchError: If one names another.
+        BudgetError: If no task counts.
     """
     if strangers := sorted(set(recipe.weights) - set(adapters)):
         raise AdapterMismatchError(
             f"weights name the task {strangers[0]!r}, which is not in the set; it has {', '.join(adapters)}"
         )
+    if not any(recipe.weights.get(task, 1.0) for task in adapters):
+        raise BudgetError("the weights of all tasks are 0: there is nothing to merge")
 
 
 def check_set(adapters: Mapping[str, Adapter]) -> None:

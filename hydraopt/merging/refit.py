@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hydraopt.merging.gpu_linalg import solved
 from hydraopt.merging.option import StoredModule
-from hydraopt.merging.problem import ModuleProblem, Projected, squared_errors
+from hydraopt.merging.problem import ModuleProblem, StoredSide, squared_errors
 from hydraopt.precision import Block
 
 
@@ -49,7 +49,11 @@ def masked_solve(gram: Tensor, right: Tensor, kept: npt.NDArray[np.bool_]) -> Te
 
 
 def stored_module(
-    problem: ModuleProblem, shared: list[Block], heads: Sequence[list[list[Block]]], projected: Projected
+    problem: ModuleProblem,
+    shared: list[Block],
+    heads: Sequence[list[list[Block]]],
+    up: StoredSide,
+    down: StoredSide,
 ) -> StoredModule:
     """Gather a module's blocks by file and measure its error.
 
@@ -57,9 +61,10 @@ def stored_module(
         problem: The module.
         shared: Blocks of the shared file.
         heads: Per factor, per task: its blocks.
-        projected: What the blocks decode to.
+        up: What the blocks decode to on the output side.
+        down: And on the input side.
     """
-    errors = squared_errors(problem, projected).tolist()
+    errors = squared_errors(problem, up, down).tolist()
     norms = problem.frobenius.tolist()
     return StoredModule(
         shared,

@@ -38,7 +38,7 @@ from hydraopt.merging.parallel import in_order
 from hydraopt.merging.problem import Grams, ModuleProblem, load_module, module_names
 from hydraopt.merging.products import bfloat16_products
 from hydraopt.merging.shared_a import MAX_SHARED_RANK
-from hydraopt.merging.solving import UNIFORM, most_factor_bytes, solve
+from hydraopt.merging.solving import UNIFORM, most_factor_bytes, solve, within_bound
 from hydraopt.progress import Progress
 from hydraopt.recipe import ONE_FOR_ALL, Recipe
 
@@ -113,8 +113,16 @@ class MergeRun:
             )
             if self.recipe.budget is not None and self.recipe.budget < 1:
                 most_factor_bytes(self.assembly, self.recipe)  # refuse at once what no work would meet
-            choices = self._choices()
-            return self.assembly.bundle(self.assembly.entries(choices), self.build(choices), wanted.result())
+            if self.recipe.max_error is None:
+                return self._built(self._choices(), wanted.result())
+            curves = self.trace()
+
+            def attempt(max_error: float | None) -> Bundle:
+                recipe = self.recipe.model_copy(update={"max_error": max_error})
+                choices = solve(self.assembly, curves, recipe, self.total_weight)
+                return self._built(choices, wanted.result())
+
+            return within_bound(self.recipe, attempt, None if self.metrics else self.weights)
 
     def _choices(self) -> list[Choice]:
         if self.recipe.method not in ONE_FOR_ALL:
@@ -123,6 +131,9 @@ class MergeRun:
             one_for_all(self.recipe, self.assembly.shape(name), self.assembly.ranks(name))
             for name in self.modules
         ]
+
+    def _built(self, choices: Sequence[Choice], digests: Mapping[str, str]) -> Bundle:
+        return self.assembly.bundle(self.assembly.entries(choices), self.build(choices), digests)
 
     @cached_property
     def _spectra(self) -> dict[str, dict[str, Floats]]:
@@ -159,8 +170,6 @@ class MergeRun:
     def _coefficients(self) -> dict[str, float]:
         relative = {task: self.recipe.weights.get(task, 1.0) for task in self.tasks}
         total = sum(relative.values())
-        if total == 0:
-            raise BudgetError("the weights of all tasks are 0: there is nothing to merge")
         return {task: weight / total for task, weight in relative.items()}
 
     @cached_property

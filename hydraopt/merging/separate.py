@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from hydraopt.merging.option import LEFT_OUT, Floats, Levels, Option, Part, Rates, StoredModule
-from hydraopt.merging.problem import ModuleProblem, Projected, principal_directions
+from hydraopt.merging.problem import ModuleProblem, StoredSide, principal_directions
 from hydraopt.merging.refit import left_directions, masked_solve, stored_module
 from hydraopt.merging.small_eigen import eigvalsh
 from hydraopt.precision import encode_ragged
@@ -40,8 +40,9 @@ class Separate:
             solved.to(problem.downs.dtype) @ problem.downs, levels.heads[:, :width], bits, dtype
         )
         down_cross, down_gram = (downs @ problem.downs.mT).mT.double(), (downs @ downs.mT).double()
-        heads = Projected(up_cross, up_gram, down_cross, down_gram)
-        return stored_module(problem, [], [stored_ups, stored_downs], heads)
+        up = StoredSide(ups, None, up_cross, up_gram)
+        down = StoredSide(downs, None, down_cross, down_gram)
+        return stored_module(problem, [], [stored_ups, stored_downs], up, down)
 
 
 def spectra(problem: ModuleProblem) -> Floats:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hydraopt.merging.basis import Basis
 from hydraopt.merging.option import LEFT_OUT, Ints, Levels, Option, Part, Rates, StoredModule
-from hydraopt.merging.problem import ModuleProblem, Projected, principal_directions
+from hydraopt.merging.problem import ModuleProblem, StoredSide, principal_directions
 from hydraopt.merging.refit import left_directions, masked_solve, stored_module
 from hydraopt.merging.small_eigen import eigvalsh
 from hydraopt.precision import Block, core_bits, encode_ragged
@@ -38,6 +38,10 @@ class SharedRows:
             self.lower, self.whitened(right), upper=False, left=False
         )
         return solved
+
+    def combined(self, inner: Tensor) -> StoredSide:
+        """Combinations of the rows, ``inner`` (K, p, q), as what is stored of each task."""
+        return StoredSide(self.rows, inner, self.cross @ inner.mT, inner @ self.gram @ inner.mT)
 
     def whitened(self, right: Tensor) -> Tensor:
         """Coordinates on an orthonormal basis of the rows' span; ``right`` (..., q) as in :meth:`fit`."""
@@ -87,8 +91,8 @@ def fit_heads(
     solved = masked_solve(up_gram, up_cross.mT @ shared.measured_cross, kept[:, :width])
     fine = [core_bits(one) for one in bits]
     stored_inner, inner = encode_ragged(shared.fit(solved), levels[:, :width], fine, dtype)
-    heads = Projected(up_cross, up_gram, shared.cross @ inner.mT, inner @ shared.gram @ inner.mT)
-    return stored_module(problem, shared.blocks, [stored_ups, stored_inner], heads)
+    up = StoredSide(ups, None, up_cross, up_gram)
+    return stored_module(problem, shared.blocks, [stored_ups, stored_inner], up, shared.combined(inner))
 
 
 @dataclass(frozen=True)

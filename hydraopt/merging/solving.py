@@ -7,8 +7,9 @@ and the manifest grows with what there is to tell.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+from hydraopt.bundle.contents import Bundle
 from hydraopt.errors import BudgetError
 from hydraopt.merging import separate
 from hydraopt.merging.assembly import Assembly
@@ -29,6 +30,10 @@ UNIFORM = ("paper", "gradient")
 """Methods with one rank of ``A'`` for all modules."""
 
 _FILLINGS = 4
+
+_CLOSER = 0.999
+_LAST_DIGIT = 1e-8  # of errors as bundles tell them
+_TINY = 1e-300
 
 
 def solve(assembly: Assembly, curves: PricedModules, recipe: Recipe, total_weight: float) -> list[Choice]:
@@ -59,6 +64,51 @@ def solve(assembly: Assembly, curves: PricedModules, recipe: Recipe, total_weigh
     # Compared with at the end: adapting must never lose to the simple form at the same bytes.
     alone = curves.only({separate.NAME}) if recipe.method == "hydraopt" else None
     return _within_recipe(assembly, recipe, lambda size: within_budget(allowed, size, alone))
+
+
+def within_bound(
+    recipe: Recipe, attempt: Callable[[float | None], Bundle], weights: Mapping[str, float] | None
+) -> Bundle:
+    """A bundle that keeps the recipe's error bound as it is stored, and not only as its rounding was expected to be.
+
+    Args:
+        recipe: Its bound and relative weights; without a bound the first attempt counts.
+        attempt: Merges under an error bound.
+        weights: Weights of the merged tasks, 0 for those that change nothing; None where the bound is on another error
+            than bundles tell, with calibration data.
+
+    Raises:
+        BudgetError: Of ``attempt``, or if no attempt keeps the bound.
+    """
+    bundle = attempt(recipe.max_error)
+    if recipe.max_error is None or weights is None:
+        return bundle
+    aim, last = recipe.max_error, math.inf
+    while (reached := _reached(recipe, bundle, weights)) < last:
+        if reached <= recipe.max_error + _LAST_DIGIT:
+            return bundle
+        aim, last = aim * _CLOSER * recipe.max_error / reached, reached
+        try:
+            bundle = attempt(aim)
+        except BudgetError:  # that bound is beyond what rounding is expected to leave
+            break
+    raise _unmet(recipe.max_error, min(reached, last))
+
+
+def _unmet(asked: float, reached: float) -> BudgetError:
+    return BudgetError(
+        f"max_error={asked} cannot be met: what was stored has {reached:.4g}, for rounding. Ask for that much, or for "
+        "more bits, dtype='float32' or budget=1"
+    )
+
+
+def _reached(recipe: Recipe, bundle: Bundle, weights: Mapping[str, float]) -> float:
+    """Root of the mean squared relative error over the merged tasks, by their relative weights."""
+    errors = {task: bundle.manifest.tasks[task].relative_error for task in weights}
+    counted = [task for task, weight in weights.items() if weight > 0 or errors[task] > 0]
+    shares = [recipe.weights.get(task, 1.0) for task in counted]
+    lost = sum(share * errors[task] ** 2 for task, share in zip(counted, shares, strict=True))
+    return math.sqrt(lost / max(sum(shares), _TINY))
 
 
 def _solve_uniform(

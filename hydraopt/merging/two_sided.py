@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hydraopt.merging.basis import Basis
 from hydraopt.merging.option import LEFT_OUT, Ints, Levels, Option, Part, Rates, StoredModule
-from hydraopt.merging.problem import ModuleProblem, Projected, principal_directions
+from hydraopt.merging.problem import ModuleProblem, principal_directions
 from hydraopt.merging.refit import masked_solve, stored_module
 from hydraopt.merging.shared_a import SharedRows, projected_grams, store_rows
 from hydraopt.merging.small_eigen import eigh, eigvalsh
@@ -64,12 +64,12 @@ def fit_cores(
         outputs.lower.mT, vectors * root[:, None, :], upper=True
     ).mT  # X: (K, p, q')
     stored_left, left = encode_ragged(left, levels[:, :width], bits, dtype)
-    up_cross, up_gram = outputs.cross @ left.mT, left @ outputs.gram @ left.mT
-    solved = masked_solve(up_gram, up_cross.mT @ inputs.cross, kept[:, :width])
+    up = outputs.combined(left)
+    solved = masked_solve(up.gram, up.cross.mT @ inputs.cross, kept[:, :width])
     fine = [core_bits(one) for one in bits]
     stored_right, right = encode_ragged(inputs.fit(solved), levels[:, :width], fine, dtype)
-    heads = Projected(up_cross, up_gram, inputs.cross @ right.mT, right @ inputs.gram @ right.mT)
-    return stored_module(problem, inputs.blocks + outputs.blocks, [stored_left, stored_right], heads)
+    blocks = inputs.blocks + outputs.blocks
+    return stored_module(problem, blocks, [stored_left, stored_right], up, inputs.combined(right))
 
 
 def options(

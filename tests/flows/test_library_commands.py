@@ -1,5 +1,6 @@
 """The library's commands on adapters of several kinds, as a user types them."""
 
+import errno
 import json
 import re
 
@@ -153,6 +154,40 @@ def test_weights_and_names_that_cannot_be_meant_are_refused(tmp_path):
         code, found = run("merge", *arguments, "--out", tmp_path / "bundle")
         assert code == 2
         assert said in found["error"]
+
+
+def test_an_adapter_is_named_by_its_folder_or_as_it_is_told(tmp_path):
+    """A link by its own name: where it leads may be one of many called `checkpoint-500`."""
+    lora(tmp_path / "checkpoint-500", 0)
+    for name in ("mood", "topic"):
+        (tmp_path / name).symlink_to(tmp_path / "checkpoint-500")
+    given = [tmp_path / "mood", tmp_path / "checkpoint-500" / ".." / "topic", f"other={tmp_path / 'topic'}"]
+    code, found = run("merge", *given, "--out", tmp_path / "bundle")
+    assert (code, sorted(found["tasks"])) == (0, ["mood", "other", "topic"])
+
+
+def test_a_place_that_cannot_be_written_is_told_before_the_work(tmp_path, monkeypatch):
+    """Root may write to any folder but on a disk that takes nothing."""
+    mood = lora(tmp_path / "mood", 0)
+    monkeypatch.setattr("hydraopt.merge", None)
+    code, found = run("merge", mood, "--out", mood)
+    assert (code, "is not a bundle" in found["error"]) == (2, True)
+    monkeypatch.setattr("os.access", lambda place, _mode: place != tmp_path)
+    code, found = run("merge", mood, "--out", tmp_path / "new" / "bundle")
+    assert (code, found["error"]) == (
+        2, f"{tmp_path / 'new' / 'bundle'}: nothing can be written in {tmp_path}; choose another place"
+    )  # fmt: skip
+
+
+def test_a_full_disk_says_for_what(tmp_path, monkeypatch):
+    def full(_descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    code, found = run("merge", lora(tmp_path / "mood", 0), "--out", tmp_path / "bundle")
+    assert code == 2
+    assert re.search(r"bundle.*\.safetensors: No space left on device", found["error"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mood"]
 
 
 def test_inspect_compares_adapters_whose_headers_outweigh_them(adapters, tmp_path):

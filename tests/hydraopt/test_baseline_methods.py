@@ -211,6 +211,22 @@ def test_calibration_is_not_silently_left_aside(folders, method):
         hydraopt.merge(folders, method=method, rank=2, metrics=SecondMoments({}, "0" * 64))
 
 
+@pytest.mark.parametrize("method", ["ta", "ties", "dare", "dare-ties", "gradient", "paper", "hydraopt"])
+@pytest.mark.parametrize("shape", [(1, 9), (9, 1), (1, 1)])
+def test_modules_of_one_row_or_column_are_merged(workshop, method, shape):
+    """Of a gate, say; a factor of one column counts as contiguous however its numbers lie."""
+    folders = {
+        f"t{i}": workshop.adapter(f"t{i}", seed=i, rank=3, shapes={"gate": shape, "q_proj": (8, 9)})
+        for i in range(3)
+    }
+    ways = [{}] if method == "hydraopt" else [{"rank": 2}]
+    ways += [{"on": "factors", "rank": 2}] if method in {"ta", "ties", "dare", "dare-ties"} else []
+    for way in ways:
+        limit = {"max_error": 0.3} if method == "hydraopt" else way
+        bundle = hydraopt.merge(folders, method=method, **limit)
+        assert set(bundle.factors("t0")) == set(workshop.dense(folders["t0"]))
+
+
 def test_no_former_baseline_is_continued(workshop, folders):
     changed = folders | {"t1": workshop.adapter("other", seed=9, shared_a=True)}
     for method, words in (("ties", "share dense heads"), ("gradient", "fitted by Adam")):

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
+import signal
+import subprocess
+import sys
+
 import pytest
 import safetensors.torch
 import torch
@@ -10,6 +16,7 @@ import hydraopt
 from hydraopt.bundle.layout import SHARED_FILE, task_file
 from hydraopt.bundle.stored_rows import read_once
 from hydraopt.bundle.tensor_bytes import describe, encode
+from hydraopt.bundle.whole_folder import in_place_of
 from hydraopt.errors import BundleError
 
 
@@ -84,6 +91,55 @@ def test_bytes_changed_behind_a_link_are_refused_in_both_bundles(kept, tmp_path)
     for folder in (before, after):
         with pytest.raises(BundleError, match="SHA-256"):
             hydraopt.Bundle.load(folder)
+
+
+KILLED = """
+import os, signal, sys
+import hydraopt
+from pathlib import Path
+
+rename = Path.rename
+
+def killed(self, target):
+    if sys.argv[3] == self.name:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return rename(self, target)
+
+Path.rename = killed
+bundle = hydraopt.Bundle.load(sys.argv[1])
+if sys.argv[3] == "writing":
+    type(bundle.contents).write = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+bundle.save(sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize("moment", ["writing", "out", "new"])
+def test_what_a_killed_save_left_goes_with_the_next(kept, tmp_path, moment):
+    """Killed while it writes, before the old folder goes, or between that and the new one's coming."""
+    before, bundle = kept
+    out = tmp_path / "place" / "out"
+    bundle.save(out)
+    died = subprocess.run([sys.executable, "-c", KILLED, before, out, moment], check=False, timeout=120)
+    assert died.returncode == -signal.SIGKILL
+    assert len(list(out.parent.glob(".out.*"))) == 1
+    assert out.exists() == (moment != "new")
+    bundle.save(out.with_name("ou"))  # neighbours', which are not looked at
+    bundle.save(out.with_name("out.new"))
+    assert len(list(out.parent.glob(".out.*"))) == 1
+    with contextlib.suppress(RuntimeError), in_place_of(out):
+        assert hydraopt.verify(out).id == bundle.id  # what was there is there again
+        raise RuntimeError
+    assert sorted(path.name for path in out.parent.iterdir()) == ["ou", "out", "out.new"]
+
+
+def test_what_another_process_is_writing_stays(kept, tmp_path):
+    _, bundle = kept
+    with in_place_of(tmp_path / "out") as theirs:
+        (theirs / "file").write_text("text")
+        bundle.save(tmp_path / "out")
+        assert (theirs / "file").exists()
+        shutil.rmtree(tmp_path / "out")
+    assert (tmp_path / "out" / "file").exists()
 
 
 def test_what_tasks_share_can_be_read_once_for_all(workshop):

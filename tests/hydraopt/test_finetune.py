@@ -456,7 +456,7 @@ def test_a_head_of_several_layers_is_trained_saved_and_read_back(topic_task, tmp
     whole = {key.removeprefix("base_model.model.") for key in tensors(tmp_path / "a") if "lora_" not in key}
     assert whole == {f"{layer}.{leaf}" for layer in layers for leaf in ("weight", "bias")}
     own = evaluate_adapter(task, tmp_path / "a", device="cpu")
-    bundle = hydraopt.merge({"topic": tmp_path / "a"}, budget=None, max_error=1e-9, dtype="float32")
+    bundle = hydraopt.merge({"topic": tmp_path / "a"}, budget=None, max_error=1e-7, dtype="float32")
     assert evaluate_bundle(task, bundle, device="cpu") == own
     exported = bundle.export(tmp_path / "out")["topic"]
     assert evaluate_adapter(task, exported, device="cpu") == own

@@ -283,6 +283,22 @@ def test_a_task_that_changes_nothing_takes_no_head(workshop):
         assert hydraopt.merge({"zero": folders["zero"]}, method=method, rank=2).relative_error == 0
 
 
+@pytest.mark.parametrize("method", ["paper", "gradient"])
+def test_a_task_that_changes_nothing_is_exported_as_such(workshop, tmp_path, method):
+    """PEFT cannot hold an adapter without a module."""
+    folders = {
+        "some": workshop.adapter("some", skip=("model.layers.0.down_proj",)),
+        "zero": workshop.adapter("zero", scale=0.0),
+    }
+    bundle = hydraopt.merge(folders, method=method, rank=4, heads=1)
+    for profile in ("peft", "portable", "vllm"):
+        out = bundle.export(tmp_path / profile, profile=profile)
+        assert all(not bool(update.any()) for update in workshop.dense(out["zero"]).values())
+        assert any(bool(update.any()) for update in workshop.dense(out["some"]).values())
+    alone = hydraopt.merge({"zero": folders["zero"]}, method=method, rank=4)
+    assert workshop.dense(alone.export(tmp_path / "alone")["zero"])
+
+
 def test_a_task_without_weight_gets_the_nearest_head(workshop):
     folders = {f"t{i}": workshop.adapter(f"t{i}", seed=i) for i in range(3)}
     folders["copy"] = workshop.adapter("copy", seed=1)

@@ -23,6 +23,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedModel,
 )
 from transformers.pytorch_utils import Conv1D
 
@@ -188,6 +189,16 @@ def known_tokens(model: Any) -> int | None:
         return int(model.get_input_embeddings().weight.shape[0])
     except NotImplementedError:
         return None
+
+
+def known_answer_tokens(model: Any) -> int | None:
+    """How many tokens a generator can say and read again: the decoder of an encoder-decoder may have its own tables."""
+    tables = [model.get_output_embeddings()]
+    if model.config.is_encoder_decoder and isinstance(decoder := model.get_decoder(), PreTrainedModel):
+        tables.append(decoder.get_input_embeddings())
+    return min(
+        (int(table.weight.shape[0]) for table in tables if table is not None), default=known_tokens(model)
+    )
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from hydraopt.base_models import known_tokens
+from hydraopt.base_models import known_answer_tokens, known_tokens
 from hydraopt.errors import TaskFileError
 from hydraopt.evaluation.rows import Row
 from hydraopt.evaluation.task_file import TaskFile
@@ -27,26 +27,25 @@ def input_limit(task: TaskFile, model: Any, tokenizer: Any) -> int:
         TaskFileError: If the model has too few positions for virtual tokens or for the task's answers.
     """
     asked = int(min(task.max_length, tokenizer.model_max_length))
-    positions = _positions(model)
-    if positions is None:
+    reads, says = _positions(model)
+    if reads is None or says is None:
         return asked
-    positions -= virtual_tokens(model)
-    if positions < 1:
+    if min(reads, says) < 1:
         raise TaskFileError(
             f"task {task.name!r}: the adapter's {virtual_tokens(model)} virtual tokens leave no position of the base "
             f"model {task.base_model!r} for a text"
         )
     if task.kind == "classification":
-        return min(asked, positions)
+        return min(asked, reads, says)  # an encoder-decoder reads the text on both sides
     start = answer_start(model)
     decoder = not start
     answer = task.max_new_tokens + max(len(start) - 1, 0)
-    if positions < answer + decoder:
+    if says < answer + decoder:
         raise TaskFileError(
             f"task {task.name!r}: max_new_tokens is {task.max_new_tokens}, but the base model {task.base_model!r} has "
-            f"only {positions} positions{' for prompt and answer' if decoder else ''}; lower it"
+            f"only {says} positions{' for prompt and answer' if decoder else ''}; lower it"
         )
-    return min(asked, positions - answer if decoder else positions)
+    return min(asked, reads - answer if decoder else reads)
 
 
 def answer_start(model: Any) -> tuple[int, ...]:
@@ -82,15 +81,26 @@ def virtual_tokens(model: Any) -> int:
     return int(config.num_virtual_tokens) if config is not None and config.is_prompt_learning else 0
 
 
-def _positions(model: Any) -> int | None:
-    """How many tokens the model's position embeddings are for, or None if they are for any number."""
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if not isinstance(positions, int) or positions < 1:
-        return None
+def _positions(model: Any) -> tuple[int, int] | tuple[None, None]:
+    """For how many tokens the model has position embeddings: what it reads, and what it says. None is for any number.
+
+    Virtual tokens take some of them.
+    """
+    config = model.config
+    both = getattr(config, "max_position_embeddings", None)
+    reads, says = (
+        getattr(config, f"max_{side}_position_embeddings", None)  # LED's
+        or getattr(getattr(config, side, None), "max_position_embeddings", both)  # of two models put together
+        for side in ("encoder", "decoder")
+    )
+    if not isinstance(reads, int) or not isinstance(says, int) or min(reads, says) < 1:
+        return None, None
+    taken = virtual_tokens(model)
     for name, table in model.named_modules():
         if name.endswith("position_embeddings") and getattr(table, "padding_idx", None) is not None:
-            return positions - int(table.padding_idx) - 1  # RoBERTa and its kin start behind the padding's
-    return positions
+            taken += int(table.padding_idx) + 1  # RoBERTa and its kin start behind the padding's
+            break
+    return reads - taken, says - taken
 
 
 def classification_examples(
@@ -103,7 +113,7 @@ def classification_examples(
     """
     limit = input_limit(task, model, tokenizer)
     examples = [dict(tokenizer(row["text"], truncation=True, max_length=limit)) for row in rows]
-    check_tokens(task, model, tokenizer, [example["input_ids"] for example in examples])
+    check_tokens(task, tokenizer, [example["input_ids"] for example in examples], known_tokens(model))
     if model.config.is_encoder_decoder:  # such a classifier looks at the one end token of each text
         end = model.config.eos_token_id
         for index, example in enumerate(examples):
@@ -115,13 +125,12 @@ def classification_examples(
     return examples
 
 
-def check_tokens(task: TaskFile, model: Any, tokenizer: Any, rows: Sequence[Sequence[int]]) -> None:
-    """Check that the model has an embedding for every token.
+def check_tokens(task: TaskFile, tokenizer: Any, rows: Sequence[Sequence[int]], known: int | None) -> None:
+    """Check that the model has an embedding for every token; it has ``known``, or needs none.
 
     Raises:
         TaskFileError: If not: the tokenizer was given tokens that the model was not.
     """
-    known = known_tokens(model)
     if known is None:
         return
     for index, ids in enumerate(rows):
@@ -170,7 +179,9 @@ def training_example(
     the model would not learn to stop.
     """
     prompt = prompt_ids(tokenizer, template, text, limit, decoder=not start)
-    target = list(tokenizer(answer, add_special_tokens=False)["input_ids"])[:answer_limit]
+    # Answers of an encoder-decoder may have a vocabulary of their own, as Marian's have.
+    given = {"text_target": answer} if start else {"text": answer}
+    target = list(tokenizer(**given, add_special_tokens=False)["input_ids"])[:answer_limit]
     if tokenizer.eos_token_id is not None and len(target) < answer_limit:
         target.append(tokenizer.eos_token_id)
     if not start:
@@ -207,6 +218,11 @@ def encoded_rows(task: TaskFile, model: Any, tokenizer: Any, rows: Sequence[Row]
         return [
             example | {"labels": numbers[row["label"]]} for example, row in zip(examples, rows, strict=True)
         ]
+    if getattr(model.config, "src_vocab_size", None) != getattr(model.config, "tgt_vocab_size", None):
+        raise TaskFileError(
+            f"task {task.name!r}: answers of {task.base_model!r} have a vocabulary of their own, in which tokenizers "
+            f"of {model.config.model_type} encode nothing; take another base model"
+        )
     limit, start = input_limit(task, model, tokenizer), answer_start(model)
     examples = [
         training_example(
@@ -220,8 +236,8 @@ def encoded_rows(task: TaskFile, model: Any, tokenizer: Any, rows: Sequence[Row]
         )
         for row in rows
     ]
-    for part in ("input_ids", "labels"):
-        check_tokens(task, model, tokenizer, [example[part] for example in examples])
+    for part, known in (("input_ids", known_tokens(model)), ("labels", known_answer_tokens(model))):
+        check_tokens(task, tokenizer, [example[part] for example in examples], known)
     return examples
 
 

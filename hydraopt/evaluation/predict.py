@@ -12,6 +12,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from hydraopt.base_models import known_tokens
 from hydraopt.errors import TaskFileError
 from hydraopt.evaluation.encoding import (
     answer_start,
@@ -84,7 +85,7 @@ def predict_texts(
     decoder = not start
     limit = input_limit(task, model, tokenizer)
     prompts = [prompt_ids(tokenizer, task.prompt, row["input"], limit, decoder=decoder) for row in rows]
-    check_tokens(task, model, tokenizer, prompts)
+    check_tokens(task, tokenizer, prompts, known_tokens(model))
     inputs = [{"input_ids": prompt} for prompt in prompts]
     greedy = _greedy(model, tokenizer, start, task.max_new_tokens)
     # A decoder continues the last position, so the padding must stand before the prompt.

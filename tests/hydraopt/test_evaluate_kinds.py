@@ -19,6 +19,7 @@ from peft import (
 )
 from safetensors.torch import load_file, save_file
 from tiny_models import greedy_by_hand, save_model, word_tokenizer
+from tokenizers import normalizers
 from transformers import (
     AutoTokenizer,
     BartConfig,
@@ -28,9 +29,18 @@ from transformers import (
     BertModel,
     ConvBertConfig,
     ConvBertModel,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
+    FSMTConfig,
+    FSMTForConditionalGeneration,
     GenerationConfig,
+    LEDConfig,
+    LEDForConditionalGeneration,
     LlamaConfig,
     LlamaForCausalLM,
+    MarianConfig,
+    MarianMTModel,
+    PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaModel,
     XmodConfig,
@@ -40,7 +50,7 @@ from transformers import (
 import hydraopt
 from hydraopt.base_models import load_base, load_base_model
 from hydraopt.errors import AdapterFormatError, BundleError, TaskFileError
-from hydraopt.evaluation.encoding import answer_start, encoded_rows
+from hydraopt.evaluation.encoding import answer_start, encoded_rows, input_limit, training_example
 from hydraopt.evaluation.evaluate import evaluate_adapter, evaluate_bundle_tasks
 from hydraopt.evaluation.predict import predict_labels, predict_texts
 
@@ -303,6 +313,89 @@ def test_an_end_token_inside_a_text_is_told_where_the_model_classifies_by_it(
     rows = [{"text": "an apple", "label": "fruit"}, {"text": "an apple [SEP] red", "label": "fruit"}]
     with pytest.raises(TaskFileError, match=r"row 1: 2 end tokens, '\[SEP\]'"):
         evaluate_adapter(task, folder, rows=rows, device="cpu")
+
+
+class TwoVocabularies(PreTrainedTokenizerFast):
+    """Answers in other words than inputs, as Marian's sentencepiece models have them."""
+
+    def _switch_to_target_mode(self) -> None:
+        self.backend_tokenizer.normalizer = normalizers.Replace("red", "blue")
+
+    def _switch_to_input_mode(self) -> None:
+        self.backend_tokenizer.normalizer = normalizers.Lowercase()
+
+
+def test_answers_are_encoded_in_their_own_vocabulary():
+    plain = word_tokenizer(eos_token="[SEP]", pad_token="[PAD]", unk_token="[UNK]")
+    tokenizer = TwoVocabularies(
+        tokenizer_object=plain.backend_tokenizer, eos_token="[SEP]", pad_token="[PAD]", unk_token="[UNK]"
+    )
+    red, blue = tokenizer.convert_tokens_to_ids(["red", "blue"])
+    settings = {"limit": 8, "answer_limit": 1}
+    example = training_example(tokenizer, "{input}", "red", "red", start=(0,), **settings)
+    assert (example["input_ids"][0], example["labels"]) == (red, [blue])
+    example = training_example(tokenizer, "{input}", "red", "red", start=(), **settings)
+    assert example["labels"][-1] == red
+
+
+def test_answers_a_decoder_has_no_embedding_for_are_told(echo_task, tmp_path):
+    """Its table may be another than the encoder's, and smaller."""
+    tokenizer = word_tokenizer(eos_token="[SEP]", pad_token="[PAD]", unk_token="[UNK]", model_max_length=32)
+    sizes = {
+        "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 32,
+        "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "decoder_start_token_id": 0,
+    }  # fmt: skip
+    marian = MarianConfig(
+        vocab_size=len(tokenizer), decoder_vocab_size=20, share_encoder_decoder_embeddings=False,
+        tie_word_embeddings=False, **sizes,
+    )  # fmt: skip
+    save_model(MarianMTModel, marian, tokenizer, tmp_path / "marian")
+    fsmt = FSMTConfig(src_vocab_size=len(tokenizer), tgt_vocab_size=20, langs=["de", "en"], **sizes)
+    save_model(FSMTForConditionalGeneration, fsmt, tokenizer, tmp_path / "fsmt")
+    for name, said in (("marian", r"row \d+: .* has embeddings for 20 tokens"), ("fsmt", "encode nothing")):
+        model, loaded = load_base_model(str(tmp_path / name), None, "SEQ_2_SEQ_LM")
+        task = echo_task(tmp_path / name)
+        with pytest.raises(TaskFileError, match=said):
+            encoded_rows(task, model, loaded, task.read_rows("train"))
+
+
+def test_positions_of_either_side_are_counted(echo_task, tmp_path):
+    """LED has more for what it reads than for what it says; of two models put together each has its own."""
+    tokenizer = word_tokenizer(
+        cls_token="[CLS]", sep_token="[SEP]", eos_token="[SEP]", pad_token="[PAD]", unk_token="[UNK]"
+    )
+    led = LEDConfig(
+        vocab_size=len(tokenizer), d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=48, decoder_ffn_dim=48, max_encoder_position_embeddings=48,
+        max_decoder_position_embeddings=16, attention_window=8, pad_token_id=0, bos_token_id=2, eos_token_id=3,
+        decoder_start_token_id=3,
+    )  # fmt: skip
+    sides = [
+        BertConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=48,
+            max_position_embeddings=positions,
+            pad_token_id=0,
+        )
+        for positions in (48, 16)
+    ]
+    both = EncoderDecoderConfig.from_encoder_decoder_configs(
+        *sides, decoder_start_token_id=2, pad_token_id=0, eos_token_id=3
+    )
+    for kind, config in ((LEDForConditionalGeneration, led), (EncoderDecoderModel, both)):
+        base = tmp_path / kind.__name__
+        save_model(kind, config, tokenizer, base)
+        model, loaded = load_base_model(str(base), None, "SEQ_2_SEQ_LM")
+        task = echo_task(base, max_length=512, max_new_tokens=16)
+        assert input_limit(task, model, loaded) == 48
+        with torch.inference_mode():
+            assert len(predict_texts(task, model, loaded, [{"input": "the " * 99}], batch_size=1)) == 1
+        with pytest.raises(TaskFileError, match="only 16 positions"):
+            input_limit(echo_task(base, max_new_tokens=17), model, loaded)
 
 
 def test_what_a_decoder_starts_from_is_read_where_it_stands(echo_task, tiny_seq2seq):

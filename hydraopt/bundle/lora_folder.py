@@ -15,6 +15,7 @@ from hydraopt.bundle.chains import Chain, chain_rank, pair, zero_chain
 from hydraopt.bundle.contents import Bundle
 from hydraopt.bundle.stored_rows import StoredRows
 from hydraopt.errors import BundleError
+from hydraopt.finite import all_finite
 
 
 class Folder(NamedTuple):
@@ -128,6 +129,21 @@ def lora_tensors(layer: str, name: str, up: Tensor, down: Tensor) -> dict[str, T
     }
 
 
+def written_as(tensor: Tensor, dtype: torch.dtype, where: str) -> Tensor:
+    """The tensor in the dtype of a file.
+
+    Raises:
+        BundleError: If that cannot hold its numbers: one becomes infinite, or all of them nothing.
+    """
+    written = tensor.to(dtype)
+    if not all_finite(written) or (not written.any() and bool(tensor.any())):
+        raise BundleError(
+            f"{where} does not fit the range of {dtype}, in which it would be written; merge with dtype='bfloat16', or "
+            "use another profile"
+        )
+    return written
+
+
 def layers(bundle: Bundle) -> dict[str, str]:
     """What each module's update is added to, by module."""
     return {module.name: module.layer for module in bundle.manifest.modules}
@@ -140,6 +156,7 @@ def lora_folder(bundle: Bundle, task: str) -> Folder:
     dtype = stored_dtype(bundle)
     tensors = {name: tensor.contiguous() for name, tensor in bundle.extras(task).items()}
     for name, chain in chains.items():
-        up, down = pair(chain)
-        tensors |= lora_tensors(layer_of[name], name, up.to(dtype), down.to(dtype))
+        where = f"task {task!r}: module {name!r}"
+        up, down = (written_as(part, dtype, where) for part in pair(chain))
+        tensors |= lora_tensors(layer_of[name], name, up, down)
     return Folder(lora_config(lora_settings(bundle, task, chains)), tensors)

@@ -18,11 +18,11 @@ from hydraopt.bundle.lora_folder import (
     lora_tensors,
     stored_dtype,
     usual_rank,
+    written_as,
 )
 from hydraopt.bundle.profiles import Profile, fitting_rank
 from hydraopt.bundle.vera_folder import Shapes, vera_as_lora
 from hydraopt.errors import BundleError
-from hydraopt.finite import all_finite
 
 
 def server_folder(bundle: Bundle, task: str, profile: Profile) -> Folder:
@@ -55,9 +55,10 @@ def server_folder(bundle: Bundle, task: str, profile: Profile) -> Folder:
     settings |= {"alpha_pattern": {}, "target_modules": sorted({name.rsplit(".", 1)[-1] for name in pairs})}
     dtype = profile.dtype or stored_dtype(bundle)
     tensors: dict[str, Tensor] = {}
-    for name, (up, down) in pairs.items():
-        tensors |= lora_tensors(layer_of.get(name, "linear"), name, up.to(dtype), down.to(dtype))
-    _check_finite(task, tensors, profile)
+    for name, factors in pairs.items():
+        where = f"profile {profile.name!r}, task {task!r}: module {name!r}"
+        up, down = (written_as(part, dtype, where) for part in factors)
+        tensors |= lora_tensors(layer_of.get(name, "linear"), name, up, down)
     return Folder(lora_config(settings), tensors)
 
 
@@ -140,12 +141,3 @@ def _own_ranks(pairs: dict[str, tuple[Tensor, Tensor]]) -> dict[str, object]:
     for name, (up, down) in pairs.items():
         pairs[name] = (up.float() * (ranks[name] / usual)).to(up.dtype), down
     return {"r": usual, "lora_alpha": usual, "rank_pattern": pattern}
-
-
-def _check_finite(task: str, tensors: dict[str, Tensor], profile: Profile) -> None:
-    for name, tensor in tensors.items():
-        if not all_finite(tensor):
-            raise BundleError(
-                f"task {task!r}: {name} does not fit the range of {tensor.dtype}, in which the profile "
-                f"{profile.name!r} is written; use another profile"
-            )

@@ -263,9 +263,17 @@ def test_neighbours_nobody_updates_come_from_the_base_models_sizes(workshop, tmp
 
 
 def test_numbers_that_float16_cannot_hold_are_refused(workshop, tmp_path):
-    bundle = hydraopt.merge({"a": workshop.adapter("a", shapes=SHAPES, scale=1e12)}, budget=1.0)
-    with pytest.raises(BundleError, match=r"'a'.*range of torch.float16.*'sglang'"):
-        bundle.export(tmp_path / "out", profile="sglang")
+    """Too large, or so small that nothing would be left."""
+    for scale in (1e12, 1e-30):
+        bundle = hydraopt.merge({"a": workshop.adapter("a", shapes=SHAPES, scale=scale)}, budget=1.0)
+        with pytest.raises(BundleError, match=r"'sglang', task 'a'.*range of torch.float16"):
+            bundle.export(tmp_path / "out", profile="sglang")
+        hydraopt.read_adapter(bundle.export(tmp_path / f"{scale}")["a"]).check_finite()
+    small = hydraopt.merge(
+        {"a": workshop.adapter("b", shapes=SHAPES, scale=1e-30)}, dtype="float16", bits=4, budget=0.9
+    )
+    with pytest.raises(BundleError, match=r"task 'a': module .*range of torch.float16.*bfloat16"):
+        small.export(tmp_path / "out")
 
 
 def table(workshop):

@@ -301,17 +301,20 @@ def _check_causal(name: str, model: Any, tokenizer: Any) -> None:
     if len(tokens) < 3:
         return
     first, this, other = tokens
+    before, model.config.use_cache = getattr(model.config, "use_cache", None), False
     try:
         with quiet(), torch.inference_mode():
             both = model.eval()(input_ids=torch.tensor([[first, this], [first, other]]))
-    except ValueError as reason:
+    except Exception as reason:  # as in loading
         raise TaskFileError(f"base model {name!r} cannot be run: {first_line(reason)}") from reason
-    before = both.logits[:, 0]  # (2, words): what follows the first token
-    rounding = 1e-3 * float(before.abs().nan_to_num().max())
-    if not torch.allclose(before[0], before[1], atol=rounding, equal_nan=True):
+    finally:
+        model.config.use_cache = before
+    follows = both.logits[:, 0]  # (2, words): what follows the first token
+    rounding = 1e-3 * float(follows.abs().nan_to_num().max())
+    if not torch.allclose(follows[0], follows[1], atol=rounding, equal_nan=True):
         raise TaskFileError(
             f"base model {name!r}: {model.config.model_type} looks ahead of a token as encoders do, so it cannot "
-            "generate texts; take a decoder, or set is_decoder to true in its config.json if it is one"
+            "generate texts; take a decoder (of BERT and its kin one that says so: is_decoder in its config.json)"
         )
 
 

@@ -6,10 +6,10 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 _ENDING = ".partial"
 _LOCK, _NEW, _OLD = "lock", "new", "old"
@@ -50,27 +50,33 @@ def in_place_of(folder: Path) -> Iterator[Path]:
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     _clear_up(folder)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=_ENDING, dir=folder.parent) as name:
-        own = Path(name)
-        with FileLock(own / _LOCK):
+    made = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    with FileLock(made / _LOCK):
+        own = made.rename(made.with_name(made.name + _ENDING))  # locked before others look at it
+        try:
             fresh = own / _NEW
             fresh.mkdir()
             yield fresh
             if folder.exists():  # a folder cannot replace a non-empty one: move the old one aside first
                 folder.rename(own / _OLD)
             fresh.rename(folder)
+        finally:
+            shutil.rmtree(own, ignore_errors=True)
 
 
 def _clear_up(folder: Path) -> None:
     for left in folder.parent.iterdir():
         # Between the two lie random letters; a folder whose name is longer by an ending has left its own.
-        is_ours = left.suffix == _ENDING and Path(left.stem).stem == f".{folder.name}"
-        if not is_ours or not (left / _LOCK).is_file():
+        if left.suffix != _ENDING or Path(left.stem).stem != f".{folder.name}":
             continue
-        try:
-            with FileLock(left / _LOCK, timeout=0):  # the lock goes with its process
-                if (left / _OLD).is_dir() and not folder.exists():
-                    (left / _OLD).rename(folder)
-                shutil.rmtree(left)
-        except Timeout:
-            continue
+        with suppress(OSError):  # in use (a Timeout), gone meanwhile, or another user's
+            if (left / _LOCK).is_file():
+                with FileLock(left / _LOCK, timeout=0):  # the lock goes with its process
+                    _restore(folder, left)
+                    shutil.rmtree(left, ignore_errors=True)
+
+
+def _restore(folder: Path, left: Path) -> None:
+    """Put back an old folder whose successor had not come. If it had, and is not there, somebody has removed it."""
+    if (left / _OLD).is_dir() and (left / _NEW).is_dir() and not folder.exists():
+        (left / _OLD).rename(folder)

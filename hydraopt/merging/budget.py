@@ -309,8 +309,8 @@ def _cheaper(modules: PricedModules) -> PricedModules:
 
 def _unreachable(max_error: float, least: float, what: str, way_out: str) -> BudgetError:
     return BudgetError(
-        f"max_error={max_error} cannot be met: the least relative error of {what} is {least:.4g}. Ask for "
-        f"that much, or for {way_out} or budget=1"
+        f"max_error={max_error} cannot be met: the least relative error of {what} is {least:.4g}, by what rounding "
+        f"usually leaves. Ask for that much, or for {way_out} or budget=1"
     )
 
 

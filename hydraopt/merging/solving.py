@@ -31,7 +31,9 @@ UNIFORM = ("paper", "gradient")
 
 _FILLINGS = 4
 
-_CLOSER = 0.999
+_CLOSER = (0.999, 0.995, 0.98, 0.95, 0.9, 0.8, 0.65)
+"""By how much a bound is tightened from one attempt to the next: where there are few ranks and bits to choose from, the
+next choice may be far."""
 _LAST_DIGIT = 1e-8  # of errors as bundles tell them
 _TINY = 1e-300
 
@@ -83,21 +85,22 @@ def within_bound(
     bundle = attempt(recipe.max_error)
     if recipe.max_error is None or weights is None:
         return bundle
-    aim, last = recipe.max_error, math.inf
-    while (reached := _reached(recipe, bundle, weights)) < last:
-        if reached <= recipe.max_error + _LAST_DIGIT:
+    asked = aim = recipe.max_error
+    least = reached = _reached(recipe, bundle, weights)
+    for closer in _CLOSER:
+        if reached <= asked + _LAST_DIGIT:
             return bundle
-        aim, last = aim * _CLOSER * recipe.max_error / reached, reached
+        aim *= closer * min(asked / reached, 1.0)
         try:
             bundle = attempt(aim)
         except BudgetError:  # that bound is beyond what rounding is expected to leave
             break
-    raise _unmet(recipe.max_error, min(reached, last))
-
-
-def _unmet(asked: float, reached: float) -> BudgetError:
-    return BudgetError(
-        f"max_error={asked} cannot be met: what was stored has {reached:.4g}, for rounding. Ask for that much, or for "
+        reached = _reached(recipe, bundle, weights)
+        least = min(least, reached)
+    if reached <= asked + _LAST_DIGIT:
+        return bundle
+    raise BudgetError(
+        f"max_error={asked} cannot be met: what was stored has {least:.4g}, for rounding. Ask for that much, or for "
         "more bits, dtype='float32' or budget=1"
     )
 

@@ -149,7 +149,7 @@ def test_a_model_without_a_table_of_embeddings_is_loaded(tiny_encoder, tmp_path)
 
 def test_an_encoder_is_no_generator(tiny_encoder, tmp_path):
     """It would see the answer it is to learn."""
-    with pytest.raises(TaskFileError, match=r"bert looks ahead.*set is_decoder to true"):
+    with pytest.raises(TaskFileError, match=r"bert looks ahead.*is_decoder in its config"):
         load_base(str(tiny_encoder), None, "CAUSAL_LM")
     shutil.copytree(tiny_encoder, tmp_path / "base")
     settings = tmp_path / "base" / "config.json"

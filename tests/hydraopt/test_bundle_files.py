@@ -103,7 +103,10 @@ rename = Path.rename
 def killed(self, target):
     if sys.argv[3] == self.name:
         os.kill(os.getpid(), signal.SIGKILL)
-    return rename(self, target)
+    found = rename(self, target)
+    if sys.argv[3] == "after" and self.name == "new":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return found
 
 Path.rename = killed
 bundle = hydraopt.Bundle.load(sys.argv[1])
@@ -130,6 +133,19 @@ def test_what_a_killed_save_left_goes_with_the_next(kept, tmp_path, moment):
         assert hydraopt.verify(out).id == bundle.id  # what was there is there again
         raise RuntimeError
     assert sorted(path.name for path in out.parent.iterdir()) == ["ou", "out", "out.new"]
+
+
+def test_what_was_replaced_and_then_removed_does_not_come_back(kept, tmp_path):
+    """Killed when the new one had come already, before the old one was cleared up."""
+    before, bundle = kept
+    out = bundle.save(tmp_path / "place" / "out")
+    died = subprocess.run([sys.executable, "-c", KILLED, before, out, "after"], check=False, timeout=120)
+    assert died.returncode == -signal.SIGKILL
+    assert hydraopt.verify(out).id == hydraopt.Bundle.load(before).id
+    shutil.rmtree(out)
+    with contextlib.suppress(RuntimeError), in_place_of(out):
+        raise RuntimeError
+    assert not list(out.parent.iterdir())
 
 
 def test_what_another_process_is_writing_stays(kept, tmp_path):

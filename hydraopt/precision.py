@@ -119,9 +119,8 @@ def _encode_few(vectors: Tensor, runs: Runs, dtype: torch.dtype) -> tuple[list[T
     if runs[0][0] >= 16:
         stored = vectors.to(dtype).contiguous()
         # Flat: a single column counts as contiguous whatever lies between its numbers.
-        return [stored.flatten().view(torch.uint8).view(count, length * runs[0][0] // 8)], stored.to(
-            vectors.dtype
-        )
+        flat = stored.flatten().view(torch.uint8).view(count, length * runs[0][0] // 8)
+        return [flat], stored.to(vectors.dtype)
     half, share, zero, top = _levels(runs, vectors.device)
     width = min(length, GROUP)
     padded = vectors.float()

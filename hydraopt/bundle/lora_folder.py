@@ -13,6 +13,7 @@ from torch import Tensor
 from hydraopt.adapters.module import PREFIX
 from hydraopt.bundle.chains import Chain, chain_rank, pair, zero_chain
 from hydraopt.bundle.contents import Bundle
+from hydraopt.bundle.layout import ModuleEntry
 from hydraopt.bundle.stored_rows import StoredRows
 from hydraopt.errors import BundleError
 from hydraopt.finite import all_finite
@@ -36,32 +37,29 @@ def lora_chains(
     Raises:
         BundleError: If the task changes nothing and the bundle has no module that it could leave as it is.
     """
-    chains = bundle.factors(task, read_shared) or {_any_module(bundle, task): ()}
-    kept = {name: chain for name, chain in chains.items() if chain and chain_rank(chain) > 0}
-    shapes = {module.name: module.shape for module in bundle.manifest.modules}
+    chains = bundle.factors(task, read_shared)
+    if not chains:
+        module = _any_module(bundle, task)
+        return {module.name: zero_chain(module.shape, bundle.dtype)}
+    kept = {name: chain for name, chain in chains.items() if chain_rank(chain) > 0}
     keeps_all = bundle.manifest.tasks[task].settings.get("use_dora")
     for name in chains if keeps_all else list(chains)[:1] if not kept else ():
         if name not in kept:
-            kept[name] = zero_chain(shapes[name], bundle.dtype)
+            chain = chains[name]
+            kept[name] = zero_chain((chain[0].shape[0], chain[-1].shape[1]), chain[0].dtype)
     return kept
 
 
-def _any_module(bundle: Bundle, task: str) -> str:
+def _any_module(bundle: Bundle, task: str) -> ModuleEntry:
     """A module that tasks of the same kind of model update: one in a group of none keeps no module of its own."""
     kinds = {name: (entry.kind, entry.task_type) for name, entry in bundle.manifest.tasks.items()}
     alike = [name for name, kind in kinds.items() if kind == kinds[task]]
-    found = next((module.name for module in bundle.modules_of(alike) if module.layer == "linear"), None)
+    found = next((module for module in bundle.modules_of(alike) if module.layer == "linear"), None)
     if found is None:
         raise BundleError(
             f"task {task!r} changes nothing, and the bundle has no module of its kind for it to hold; leave it out"
         )
     return found
-
-
-def stored_dtype(bundle: Bundle) -> torch.dtype:
-    """The float dtype of what the bundle stores in 16 or 32 bits; exports are written in it."""
-    dtype: torch.dtype = getattr(torch, bundle.manifest.recipe.dtype)
-    return dtype
 
 
 def common_settings(bundle: Bundle, task: str) -> dict[str, Any]:
@@ -153,10 +151,9 @@ def lora_folder(bundle: Bundle, task: str) -> Folder:
     """Every module at its own rank, extras (DoRA's magnitudes among them) as they were."""
     chains = lora_chains(bundle, task)
     layer_of = layers(bundle)
-    dtype = stored_dtype(bundle)
     tensors = {name: tensor.contiguous() for name, tensor in bundle.extras(task).items()}
     for name, chain in chains.items():
         where = f"task {task!r}: module {name!r}"
-        up, down = (written_as(part, dtype, where) for part in pair(chain))
+        up, down = (written_as(part, bundle.dtype, where) for part in pair(chain))
         tensors |= lora_tensors(layer_of[name], name, up, down)
     return Folder(lora_config(lora_settings(bundle, task, chains)), tensors)

@@ -9,7 +9,7 @@ from torch import Tensor
 from hydraopt.adapters.prompts import EMBEDDINGS, SIZES
 from hydraopt.bundle.chains import product
 from hydraopt.bundle.contents import Bundle
-from hydraopt.bundle.lora_folder import Folder, common_settings, stored_dtype
+from hydraopt.bundle.lora_folder import Folder, common_settings
 
 
 def prompt_settings(bundle: Bundle, task: str) -> dict[str, Any]:
@@ -21,7 +21,7 @@ def prompt_settings(bundle: Bundle, task: str) -> dict[str, Any]:
 def prompt_matrix(bundle: Bundle, task: str) -> Tensor:
     """The virtual tokens (tokens, width), in the bundle's dtype."""
     (chain,) = bundle.factors(task).values()
-    return product(chain).to(stored_dtype(bundle))
+    return product(chain).to(bundle.dtype)
 
 
 def prompt_folder(bundle: Bundle, task: str) -> Folder:

@@ -16,7 +16,6 @@ from hydraopt.bundle.lora_folder import (
     lora_config,
     lora_settings,
     lora_tensors,
-    stored_dtype,
     usual_rank,
     written_as,
 )
@@ -53,7 +52,7 @@ def server_folder(bundle: Bundle, task: str, profile: Profile) -> Folder:
         pairs = {name: _padded(up, down, rank) for name, (up, down) in pairs.items()}
         settings |= {"r": rank, "lora_alpha": rank, "rank_pattern": {}}
     settings |= {"alpha_pattern": {}, "target_modules": sorted({name.rsplit(".", 1)[-1] for name in pairs})}
-    dtype = profile.dtype or stored_dtype(bundle)
+    dtype = profile.dtype or bundle.dtype
     tensors: dict[str, Tensor] = {}
     for name, factors in pairs.items():
         where = f"profile {profile.name!r}, task {task!r}: module {name!r}"

@@ -10,7 +10,7 @@ from hydraopt.adapters.module import PREFIX
 from hydraopt.adapters.vera import LAMBDA_B, LAMBDA_D, PROJECTION_A, PROJECTION_B, layer_name, projections
 from hydraopt.bundle.chains import Chain, product
 from hydraopt.bundle.contents import Bundle
-from hydraopt.bundle.lora_folder import Folder, common_settings, stored_dtype
+from hydraopt.bundle.lora_folder import Folder, common_settings
 from hydraopt.errors import BundleError
 
 Shapes = dict[str, tuple[int, int]]
@@ -32,7 +32,7 @@ def vera_settings(bundle: Bundle, task: str) -> dict[str, Any]:
 
 def vera_vectors(bundle: Bundle, task: str) -> dict[str, Tensor]:
     """The vectors by the name of their module, in the bundle's dtype."""
-    dtype = stored_dtype(bundle)
+    dtype = bundle.dtype
     return {name: product(chain)[0].to(dtype) for name, chain in bundle.factors(task).items()}
 
 
@@ -92,7 +92,7 @@ def vera_as_lora(bundle: Bundle, task: str, shapes: Shapes) -> dict[str, Chain]:
     """
     down, up = vera_projections(bundle, task, shapes)
     vectors = {name: vector.float() for name, vector in vera_vectors(bundle, task).items()}
-    dtype = stored_dtype(bundle)
+    dtype = bundle.dtype
     chains: dict[str, Chain] = {}
     for name in sorted({layer_name(name) for name in vectors}):
         d_out, d_in = shapes[name]

@@ -226,12 +226,13 @@ class StoredSide:
     rows: Tensor  # (q, d) for all tasks, or (K, q, d)
     inner: Tensor | None  # (K, p, q); None is the identity, p = q
     cross: Tensor  # (K, r, p), float64: X_k rows_k^T inner_k^T
-    gram: Tensor  # (K, p, p), float64: inner_k rows_k rows_k^T inner_k^T
+    gram: Tensor  # (K, p, p), or (1, p, p) for all tasks, float64: inner_k rows_k rows_k^T inner_k^T
 
     def exact(self, wanted: Tensor) -> StoredSide:
         """The same with its products multiplied in float64; ``wanted`` are the X_k, (K, r, d)."""
         cross = _products(wanted, self.rows)
-        gram = _products(self.rows.expand(len(wanted), *self.rows.shape[-2:]), self.rows)
+        own = self.rows if self.rows.dim() == 3 else self.rows[None]  # what tasks share is multiplied once
+        gram = _products(own, own)
         if self.inner is not None:
             inner = self.inner.double()
             cross, gram = cross @ inner.mT, inner @ gram @ inner.mT

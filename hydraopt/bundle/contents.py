@@ -31,9 +31,9 @@ from hydraopt.bundle.saved_file import SavedFile, find_saved, read_saved
 from hydraopt.bundle.scratch import Scratch
 from hydraopt.bundle.stored_rows import Link, Reader, StoredRows
 from hydraopt.bundle.tensor_bytes import encode
-from hydraopt.bundle.whole_folder import in_place_of, is_vacant, write_file
 from hydraopt.errors import BundleError
 from hydraopt.finite import all_finite
+from hydraopt.whole_folder import in_place_of, is_vacant, write_file
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -22,8 +22,8 @@ from hydraopt.bundle.prompt_folder import prompt_folder
 from hydraopt.bundle.server_folder import server_folder
 from hydraopt.bundle.tensor_bytes import encode
 from hydraopt.bundle.vera_folder import vera_folder
-from hydraopt.bundle.whole_folder import is_vacant, write_folder
 from hydraopt.errors import BundleError
+from hydraopt.whole_folder import is_vacant, write_folder
 
 _MARK = "hydraopt_bundle"
 """Says in the metadata of an exported file which bundle it is of."""

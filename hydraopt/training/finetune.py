@@ -38,7 +38,6 @@ from transformers import (
 
 from hydraopt.adapters.module import PREFIX
 from hydraopt.adapters.peft_folder import CONFIG_FILE, TENSOR_FILE
-from hydraopt.atomic_files import sync
 from hydraopt.base_models import (
     LoadedBase,
     is_head,
@@ -54,6 +53,7 @@ from hydraopt.finite import all_finite
 from hydraopt.progress import Progress
 from hydraopt.training.checkpoints import MarkCheckpoints, last_whole_checkpoint, step_of
 from hydraopt.training.nuclear_decay import NuclearDecay
+from hydraopt.whole_folder import in_place_of, recover, write_file
 
 TRAINING_VERSION = "4"
 """Raised whenever the same task and rows would give another adapter."""
@@ -116,7 +116,8 @@ def finetune(
     folder.mkdir(parents=True, exist_ok=True)
     with _only_one(work / f"{key}.lock", task):
         resume = last_whole_checkpoint(folder)
-        _recover(out)
+        if out.parent.is_dir():
+            recover(out)
         with _isolated_randomness(), quiet(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the libraries' advice to one another
             model, base = _new_adapter(task, where)
@@ -131,7 +132,7 @@ def finetune(
                 progress=progress,
             )
             trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-        _publish(task, model, out, out.parent / f".{out.name}.{key[:12]}.partial")
+        _publish(task, model, out)
         shutil.rmtree(folder)
     step = None if resume is None else step_of(resume)
     return FinetuneResult(out, time.monotonic() - started, step, len(rows))
@@ -282,39 +283,15 @@ class _Report(TrainerCallback):  # type: ignore[misc]  # untyped library
             self._progress(state.global_step, state.max_steps, self._what)
 
 
-def _publish(task: TaskFile, model: Any, out: Path, partial: Path) -> None:
-    """Write the adapter beside ``out`` and move it there whole."""
+def _publish(task: TaskFile, model: Any, out: Path) -> None:
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
     # Copies: a head may hold one tensor under two names, which safetensors refuses.
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in sorted(state.items())}
     _check_finite(task, tensors)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    (partial / TENSOR_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
     config = json.dumps(_adapter_config(task, model), indent=2, sort_keys=True)
-    (partial / CONFIG_FILE).write_text(f"{config}\n", encoding="utf-8")
-    for file in partial.iterdir():
-        sync(file)
-    if out.is_dir():
-        # A folder with content cannot be replaced in one step; out is missing for an instant, never half there.
-        out.rename(_set_aside(out))
-        partial.rename(out)
-        shutil.rmtree(_set_aside(out))
-    else:
-        partial.rename(out)
-    sync(out.parent)
-
-
-def _set_aside(out: Path) -> Path:
-    return out.with_name(f".{out.name}.old")
-
-
-def _recover(out: Path) -> None:
-    """Put back what a run that was killed while it replaced ``out`` had set aside; or remove it."""
-    old = _set_aside(out)
-    if old.is_dir() and not out.exists():
-        old.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
+    with in_place_of(out) as fresh:
+        write_file(fresh / TENSOR_FILE, save(tensors, metadata={"format": "pt"}))
+        write_file(fresh / CONFIG_FILE, f"{config}\n".encode())
 
 
 def _adapter_config(task: TaskFile, model: Any) -> dict[str, Any]:

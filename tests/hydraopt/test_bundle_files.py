@@ -16,8 +16,8 @@ import hydraopt
 from hydraopt.bundle.layout import SHARED_FILE, task_file
 from hydraopt.bundle.stored_rows import read_once
 from hydraopt.bundle.tensor_bytes import describe, encode
-from hydraopt.bundle.whole_folder import in_place_of
 from hydraopt.errors import BundleError
+from hydraopt.whole_folder import in_place_of
 
 
 @pytest.mark.parametrize(

@@ -504,14 +504,36 @@ def test_a_training_that_diverges_says_so_whatever_is_taken_off(topic_task, tmp_
     assert not (tmp_path / "out").exists()
 
 
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from hydraopt.whole_folder import in_place_of
+
+rename, (out, moment) = Path.rename, sys.argv[1:]
+
+def killed(self, target):
+    if self.name == "new" and moment == "after it":
+        rename(self, target)
+    if self.name == "new":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return rename(self, target)
+
+Path.rename = killed
+with in_place_of(Path(out)) as fresh:
+    for file in Path(out).iterdir():
+        (fresh / file.name).write_bytes(file.read_bytes())
+"""
+
+
 @pytest.mark.parametrize("moment", ["before the new one is there", "after it"])
 def test_an_adapter_set_aside_by_a_killed_run_comes_back_or_goes(topic_task, tmp_path, monkeypatch, moment):
     task = topic_task()
     finetune(task, tmp_path / "out", work=tmp_path / "work", device="cpu")
     former = tensors(tmp_path / "out")
-    shutil.copytree(tmp_path / "out", tmp_path / ".out.old")
-    if moment == "before the new one is there":
-        shutil.rmtree(tmp_path / "out")
+    died = subprocess.run([sys.executable, "-c", KILLED, tmp_path / "out", moment], check=False, timeout=120)
+    assert died.returncode == -signal.SIGKILL
+    assert (tmp_path / "out").exists() == (moment == "after it")
+    assert len(list(tmp_path.glob(".out.*"))) == 1
 
     def killed(*_: object) -> None:
         raise StopTrainingError
@@ -519,7 +541,7 @@ def test_an_adapter_set_aside_by_a_killed_run_comes_back_or_goes(topic_task, tmp
     monkeypatch.setattr("hydraopt.training.finetune._publish", killed)
     with pytest.raises(StopTrainingError):
         finetune(task, tmp_path / "out", work=tmp_path / "work", device="cpu")
-    assert not (tmp_path / ".out.old").exists()
+    assert not list(tmp_path.glob(".out.*"))
     assert all(torch.equal(tensor, former[name]) for name, tensor in tensors(tmp_path / "out").items())
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from hydraopt.atomic_files import sync
+
 _ENDING = ".partial"
 _LOCK, _NEW, _OLD = "lock", "new", "old"
 
@@ -45,11 +47,10 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> Path:
 def in_place_of(folder: Path) -> Iterator[Path]:
     """A new folder to fill; when that has gone well, it takes the place of what was there.
 
-    It lies in a hidden one beside it. What is left of one whose process was killed goes the next time, and if that was
-    killed in the instant in which the old folder had gone and the new one had not come, the old one comes back first.
+    It lies in a hidden one beside it, and what an earlier one left there whose process was killed goes first.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    _clear_up(folder)
+    recover(folder)
     made = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     with FileLock(made / _LOCK):
         own = made.rename(made.with_name(made.name + _ENDING))  # locked before others look at it
@@ -57,14 +58,20 @@ def in_place_of(folder: Path) -> Iterator[Path]:
             fresh = own / _NEW
             fresh.mkdir()
             yield fresh
+            sync(fresh)
             if folder.exists():  # a folder cannot replace a non-empty one: move the old one aside first
                 folder.rename(own / _OLD)
             fresh.rename(folder)
+            sync(folder.parent)
         finally:
             shutil.rmtree(own, ignore_errors=True)
 
 
-def _clear_up(folder: Path) -> None:
+def recover(folder: Path) -> None:
+    """Clear up behind processes that were killed while they wrote this folder with :func:`in_place_of`.
+
+    If one was in the instant in which the old folder had gone and the new one had not come, the old one comes back.
+    """
     for left in folder.parent.iterdir():
         # Between the two lie random letters; a folder whose name is longer by an ending has left its own.
         if left.suffix != _ENDING or Path(left.stem).stem != f".{folder.name}":

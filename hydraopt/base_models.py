@@ -6,9 +6,11 @@ Weights are read from safetensors only and no code from a model repository is ev
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib
 import importlib.util
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -40,6 +42,8 @@ _MODEL_CLASSES = {
     "CAUSAL_LM": AutoModelForCausalLM,
     "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
 }
+_READ = frozenset({".safetensors", ".json", ".txt", ".model", ".jinja", ".tiktoken"})
+"""Endings of the files that a model and its tokenizer are loaded from."""
 # Layers the base model lacks (a classifier) start random: from one seed, so that every load gives the same.
 _NEW_LAYER_SEED = 0
 _HUB_TIMEOUT_S = 10.0
@@ -67,6 +71,34 @@ def base_model_path(name: str) -> str:
     if package is not None and importlib.util.find_spec(package) is not None:
         return str(importlib.import_module(package).get_model_path())
     return name
+
+
+def files_digest(name: str) -> str | None:
+    """SHA-256 (hex) of the files in the local folder ``name``; None for a hub id, which its revision tells apart.
+
+    Raises:
+        TaskFileError: If one cannot be read.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        return None
+    digest = hashlib.sha256()
+    try:
+        for file in sorted(folder.iterdir()):
+            if file.suffix in _READ and file.is_file():
+                found = file.stat()
+                state = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+                digest.update(f"{file.name}\0{_file_digest(file, state)}\0".encode(errors="surrogateescape"))
+    except OSError as reason:
+        raise TaskFileError(_not_loaded(name, None, reason)) from reason
+    return digest.hexdigest()
+
+
+@lru_cache(maxsize=256)
+def _file_digest(file: Path, _state: tuple[int, ...]) -> str:
+    """Of every byte, once for a state of the file: weights take a second for each gigabyte or two."""
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def load_base_model(

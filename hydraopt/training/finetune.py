@@ -40,6 +40,7 @@ from hydraopt.adapters.module import PREFIX
 from hydraopt.adapters.peft_folder import CONFIG_FILE, TENSOR_FILE
 from hydraopt.base_models import (
     LoadedBase,
+    files_digest,
     is_head,
     load_base,
     quiet,
@@ -72,10 +73,10 @@ class FinetuneResult:
 
 
 def training_key(task: TaskFile) -> str:
-    """SHA-256 (hex) of all that decides the adapter: the task's definition, its training rows, this code.
+    """SHA-256 (hex) of all that decides the adapter: the task's definition, its rows, a local base's files, this code.
 
     Raises:
-        TaskFileError: If the training rows cannot be read.
+        TaskFileError: If the training rows or the base's files cannot be read.
     """
     return _training_key(task, rows_digest(task.read_rows("train")))
 
@@ -139,7 +140,9 @@ def finetune(
 
 
 def _training_key(task: TaskFile, rows: str) -> str:
-    parts = {"code": TRAINING_VERSION, "task": task.definition(), "rows": rows}
+    parts: dict[str, Any] = {"code": TRAINING_VERSION, "task": task.definition(), "rows": rows}
+    if (base := files_digest(task.base_model)) is not None:
+        parts["base"] = base
     canonical = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(canonical.encode()).hexdigest()
 

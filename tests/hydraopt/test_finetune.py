@@ -323,6 +323,19 @@ def test_the_training_key_covers_what_decides_the_adapter(topic_task, tmp_path):
     assert key != training_key(task)
 
 
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_base_folder_changed_in_place_is_another_base(topic_task, tiny_encoder, tmp_path, file):
+    base = shutil.copytree(tiny_encoder, tmp_path / "base")
+    task = topic_task(base_model=str(base))
+    key = training_key(task)
+    (base / "README.md").write_text("what nobody loads")
+    assert training_key(task) == key
+    content = bytearray((base / file).read_bytes())
+    content[-2] ^= 1
+    (base / file).write_bytes(content)
+    assert training_key(task) != key
+
+
 @pytest.mark.parametrize(
     "content", [{"notes.txt": "keep me"}, {"adapter_config.json": "{}", "README.md": "mine"}]
 )

@@ -28,7 +28,7 @@ def merge_workers(settings: Settings) -> Iterator[Executor | None]:
     hydraopt installed.
 
     Raises:
-        ServiceError: If the cluster's package is missing, or nothing answers at its address.
+        ServiceError: If the cluster's package is missing, nothing answers at its address, or it takes no work.
     """
     address = settings.merge_workers
     if address is None:
@@ -63,7 +63,12 @@ def _dask(distributed: Any, address: str) -> Iterator[Executor]:
 
 @contextmanager
 def _ray(ray: Any, address: str) -> Iterator[Executor]:
-    with ray.init(address, log_to_driver=False):
+    try:
+        client = ray.init(address, log_to_driver=False)
+    except ConnectionError as reason:  # its head node has half a minute to start a process for us
+        last = str(reason).strip().splitlines()[-1]
+        raise ServiceError(f"merge workers: Ray at {address} does not let us in: {last}") from reason
+    with client:
         yield _RayExecutor(ray)
 
 

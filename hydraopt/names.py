@@ -22,12 +22,23 @@ def check_name(name: str, what: str = "name") -> str:
     Raises:
         UnsafeNameError: If the name breaks the rule; the message quotes it with escapes visible.
     """
+    check_text(name, what)
     if not _NAME.fullmatch(name) or ".." in name:
         raise UnsafeNameError(
             f"{what} {name!r} is not allowed: use 1 to 100 letters, digits, '.', '_' or '-', "
             "starting with a letter or digit, without '..'"
         )
     return name
+
+
+def check_text(name: object, what: str) -> None:
+    """Refuse a name that is no string.
+
+    Raises:
+        UnsafeNameError: If it is something else.
+    """
+    if not isinstance(name, str):
+        raise UnsafeNameError(f"{what} must be a string, not {name!r}")
 
 
 def check_task_name(name: str) -> str:

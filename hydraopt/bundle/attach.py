@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from hydraopt.adapters.kinds import LORA_KINDS, PROMPT_KINDS
@@ -17,33 +19,14 @@ from hydraopt.bundle.attach_extras import place_extras
 from hydraopt.bundle.attach_packed import pack
 from hydraopt.bundle.attach_prompts import attach_prompts
 from hydraopt.bundle.attach_vera import attach_vera
-from hydraopt.bundle.chains import Chain, pair
+from hydraopt.bundle.attached_factors import LowRankHead, keep_apart
+from hydraopt.bundle.chains import Chain, chain_rank, pair
 from hydraopt.bundle.contents import Bundle
 from hydraopt.bundle.layout import ModuleEntry
 from hydraopt.bundle.lora_folder import lora_chains, lora_settings, name_tails
 from hydraopt.bundle.stored_rows import read_once
 from hydraopt.errors import BundleError
-
-
-class LowRankHead(nn.Module):
-    """A head kept as two factors: ``x -> (x inner^T) up^T``.
-
-    ``weight`` is their product (d_out, q), made on demand: PEFT reads it when it merges an adapter into the base.
-    """
-
-    def __init__(self, up: nn.Parameter, inner: nn.Parameter) -> None:
-        super().__init__()
-        self.up = up
-        self.inner = inner
-
-    @property
-    def weight(self) -> Tensor:
-        """The dense head (d_out, q)."""
-        return self.up @ self.inner
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``x`` (..., q) to (..., d_out)."""
-        return nn.functional.linear(nn.functional.linear(x, self.inner), self.up)
+from hydraopt.names import check_text
 
 
 def attach(
@@ -67,12 +50,14 @@ def attach(
     Returns:
         A PeftModel in eval mode with the first of them active; ``set_adapter(task)`` switches. All tasks'
         ``lora_A`` of one module are the same Parameter. Tensors take the dtype and device of the base model's weights.
+        What its ``save_pretrained`` writes computes the same, at the rank of A' (:meth:`Bundle.export` writes less).
 
     Raises:
-        BundleError: If there is no such task, a name cannot be an adapter's, the tasks do not fit into one model, or
-            the base model lacks a module that they update or has it in another size.
+        BundleError: If there is no such task, a name cannot be an adapter's or is one's that the model holds, the tasks
+            do not fit into one model, or the base model lacks a module that they update or has it in another size.
     """
     names = _adapter_names(bundle, bundle.task_names if tasks is None else tasks)
+    _check_free(base_model, names)
     model: Any = _attach_for(bundle, names)(bundle, base_model, names)
     if packed:
         pack(bundle, model, names)
@@ -89,13 +74,33 @@ def _adapter_names(bundle: Bundle, tasks: Iterable[str] | Mapping[str, str]) -> 
         raise BundleError("no task to attach; name at least one, or leave tasks out for all")
     bundle.modules_of(names.values())  # a task that is not there is refused before the model is touched
     for name, task in names.items():
-        if "." in name or any(hasattr(kind, name) for kind in (nn.ModuleDict, nn.ParameterDict)):
-            better = f"{name.replace('.', '-')}-task"
+        check_text(name, "the name of an adapter")
+        if (
+            not name
+            or "." in name
+            or any(hasattr(kind(), name) for kind in (nn.ModuleDict, nn.ParameterDict))
+        ):
+            better = f"{name.replace('.', '-') or task}-task"
             raise BundleError(
                 f"task {task!r}: torch takes no adapter named {name!r}; give it another name in the model, with "
                 f"tasks={{{better!r}: {task!r}}}"
             )
     return names
+
+
+def _check_free(base_model: nn.Module, names: Mapping[str, str]) -> None:
+    """PEFT would write an adapter over one of the same name, and so change a model that was attached before."""
+    for path, module in base_model.named_modules():
+        held: set[str] = set()
+        if isinstance(module, BaseTunerLayer):
+            held = module._get_available_adapters()  # noqa: SLF001 - the one list of them
+        elif isinstance(module, ModulesToSaveWrapper):
+            held = set(module.modules_to_save)
+        if taken := sorted(held & set(names)):
+            raise BundleError(
+                f"the base model holds an adapter {taken[0]!r} already (in {path!r}): take the other model's "
+                f"`unload()`, a fresh base, or another name, with tasks={{{taken[0] + '-2'!r}: {names[taken[0]]!r}}}"
+            )
 
 
 def attached_kind(bundle: Bundle, task: str) -> str:
@@ -132,7 +137,9 @@ def _attach_lora(bundle: Bundle, base_model: nn.Module, names: Mapping[str, str]
     model: Any = None
     for name, task in names.items():
         chains = lora_chains(bundle, task, read_shared)
-        settings = lora_settings(bundle, task, chains)
+        tables = {module.name for module in modules if module.layer == "embedding"}
+        ranks = {at: chain_rank(chain) if at in tables else len(chain[-1]) for at, chain in chains.items()}
+        settings = lora_settings(bundle, task, ranks)
         if not tails.isdisjoint(chains):  # a list would give modules whose names end alike an update, too
             settings["target_modules"] = "|".join(map(re.escape, sorted(chains)))
         config = LoraConfig(**settings)
@@ -143,6 +150,7 @@ def _attach_lora(bundle: Bundle, base_model: nn.Module, names: Mapping[str, str]
         for module, chain in chains.items():
             _place(model.get_submodule(PREFIX + module), name, chain, shared_rows.get(module))
         place_extras(model, name, bundle.extras(task))
+    keep_apart(model)
     return model
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hydraopt.adapters.module import PREFIX
+from hydraopt.bundle.attached_factors import save_weight
 from hydraopt.bundle.contents import Bundle
 from hydraopt.bundle.stored_rows import StoredRows
 from hydraopt.errors import BundleError
@@ -33,7 +34,8 @@ class PackedRows(nn.Module):
 class PackedChain(nn.Module):
     """Some factors of an update, the first to meet the input first.
 
-    ``weight`` is their product (out, in), made on demand: PEFT reads it when it merges an adapter into the base.
+    ``weight`` is their product (out, in), made on demand: PEFT reads it when it merges an adapter into the base, and it
+    is what is saved. It cannot be loaded.
     """
 
     def __init__(self, parts: Sequence[tuple[PackedRows, bool]], dtype: torch.dtype) -> None:
@@ -64,6 +66,16 @@ class PackedChain(nn.Module):
         for matrix in self._matrices():
             x = nn.functional.linear(x, matrix)
         return x
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        save_weight(self.weight, destination, prefix, keep_vars=keep_vars)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        if f"{prefix}weight" in state_dict:
+            *_, error_msgs = rest
+            error_msgs.append(
+                f"{prefix}weight is attached packed and stays so; attach without, or delete it first"
+            )
 
 
 def pack(bundle: Bundle, model: nn.Module, names: Mapping[str, str]) -> None:

@@ -62,6 +62,11 @@ def _any_module(bundle: Bundle, task: str) -> ModuleEntry:
     return found
 
 
+def chain_ranks(chains: Mapping[str, Chain]) -> dict[str, int]:
+    """The rank of each module's update."""
+    return {name: chain_rank(chain) for name, chain in chains.items()}
+
+
 def common_settings(bundle: Bundle, task: str) -> dict[str, Any]:
     """The settings every kind of folder has."""
     entry = bundle.manifest.tasks[task]
@@ -74,15 +79,21 @@ def common_settings(bundle: Bundle, task: str) -> dict[str, Any]:
     }
 
 
-def lora_settings(bundle: Bundle, task: str, chains: dict[str, Chain]) -> dict[str, Any]:
-    """The ``LoraConfig`` fields under which PEFT computes exactly ``up @ down``: alpha equal to the rank everywhere."""
+def lora_settings(bundle: Bundle, task: str, ranks: Mapping[str, int]) -> dict[str, Any]:
+    """The ``LoraConfig`` fields under which PEFT computes exactly ``up @ down``: alpha equal to the rank everywhere.
+
+    Args:
+        bundle: The merged set.
+        task: One of its tasks.
+        ranks: Rows of ``down`` in each module that the task updates.
+    """
     entry = bundle.manifest.tasks[task]
-    usual, pattern = usual_rank({name: chain_rank(chain) for name, chain in chains.items()})
+    usual, pattern = usual_rank(ranks)
     return common_settings(bundle, task) | {
         "r": usual,
         "lora_alpha": usual,
         "lora_dropout": 0.0,
-        "target_modules": sorted(chains),
+        "target_modules": sorted(ranks),
         "rank_pattern": pattern,
         "alpha_pattern": dict(pattern),
         "fan_in_fan_out": bool(entry.settings.get("fan_in_fan_out")),
@@ -156,4 +167,4 @@ def lora_folder(bundle: Bundle, task: str) -> Folder:
         where = f"task {task!r}: module {name!r}"
         up, down = (written_as(part, bundle.dtype, where) for part in pair(chain))
         tensors |= lora_tensors(layer_of[name], name, up, down)
-    return Folder(lora_config(lora_settings(bundle, task, chains)), tensors)
+    return Folder(lora_config(lora_settings(bundle, task, chain_ranks(chains))), tensors)

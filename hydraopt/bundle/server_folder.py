@@ -11,6 +11,7 @@ from hydraopt.bundle.chains import chain_rank, pair
 from hydraopt.bundle.contents import Bundle
 from hydraopt.bundle.lora_folder import (
     Folder,
+    chain_ranks,
     layers,
     lora_chains,
     lora_config,
@@ -44,7 +45,7 @@ def server_folder(bundle: Bundle, task: str, profile: Profile) -> Folder:
     pairs = {name: pair(chain) for name, chain in chains.items()}
     if profile.every_layer:
         _complete(bundle, task, pairs, profile, shapes)
-    settings = lora_settings(bundle, task, chains) | {"use_dora": False, "fan_in_fan_out": False}
+    settings = lora_settings(bundle, task, chain_ranks(chains)) | {"use_dora": False, "fan_in_fan_out": False}
     if profile.ranks is None:
         settings |= _own_ranks(pairs)
     else:

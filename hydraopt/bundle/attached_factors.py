@@ -1,0 +1,92 @@
+"""How an attached task's factors lie in a model, and how they are saved and loaded as PEFT saves and loads a LoRA's.
+
+PEFT keeps two matrices of every adapter and module. What tasks share lies in the model once, and a head may be two
+factors; to PEFT's own ``save_pretrained`` and ``load_adapter`` either is a matrix like any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+
+class LowRankHead(nn.Module):
+    """A head kept as two factors: ``x -> (x inner^T) up^T``.
+
+    ``weight`` is their product (d_out, q), made on demand: PEFT reads it when it merges an adapter into the base. It is
+    saved, and loaded, as that.
+    """
+
+    def __init__(self, up: nn.Parameter, inner: nn.Parameter) -> None:
+        super().__init__()
+        self.up = up
+        self.inner = inner
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense head (d_out, q)."""
+        return self.up @ self.inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` (..., q) to (..., d_out)."""
+        return nn.functional.linear(nn.functional.linear(x, self.inner), self.up)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        save_weight(self.weight, destination, prefix, keep_vars=keep_vars)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        _metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        _unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        key = f"{prefix}weight"
+        if key not in state_dict:
+            if strict:
+                missing_keys.append(key)
+            return
+        given, own = state_dict[key], self.weight
+        if given.shape != own.shape:
+            error_msgs.append(f"size mismatch for {key}: {tuple(given.shape)} instead of {tuple(own.shape)}")
+        elif not torch.equal(given.to(own), own):
+            self.up = nn.Parameter(given.to(own, copy=True), requires_grad=False)
+            self.inner = nn.Parameter(torch.eye(own.shape[1]).to(own), requires_grad=False)
+
+
+def save_weight(weight: Tensor, destination: dict[str, Any], prefix: str, *, keep_vars: bool) -> None:
+    """Put a matrix that is made on demand into a state dict, under the name a linear layer's has."""
+    destination[f"{prefix}weight"] = weight if keep_vars else weight.detach()
+
+
+def keep_apart(model: nn.Module) -> None:
+    """Let numbers that are loaded for one adapter change that one alone, and not those that share its Parameter."""
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            for adapters in (layer.lora_A, layer.lora_embedding_A):
+                adapters.register_load_state_dict_pre_hook(_own_copies)
+
+
+def _own_copies(adapters: Any, state_dict: Mapping[str, Any], prefix: str, *_: object) -> None:
+    for name in list(adapters.keys()):
+        held = adapters[name]
+        given = state_dict.get(
+            f"{prefix}{name}" if isinstance(held, nn.Parameter) else f"{prefix}{name}.weight"
+        )
+        weight = held if isinstance(held, nn.Parameter) else getattr(held, "weight", None)
+        if given is None or not isinstance(weight, nn.Parameter):
+            continue
+        if given.shape == weight.shape and torch.equal(given.to(weight), weight):
+            continue
+        own = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+        if isinstance(held, nn.Parameter):
+            adapters[name] = own
+        else:
+            held.weight = own

@@ -31,7 +31,7 @@ from tasks.candidates import (
 from tasks.desired import DesiredSet, read_desired
 from tasks.log_lines import on_every_line, say
 from tasks.notifying import note_reconciled
-from tasks.releasing import show_live
+from tasks.releasing import finish_moves, show_live
 from tasks.sign_off import asks_in_ui, candidate_status
 from tasks.stale_runs import close_dead_runs
 from tasks.standing import WRONG_VIEW
@@ -95,6 +95,9 @@ def _reconcile(settings: Settings, settle_s: float) -> dict[str, Any]:
         if "bundle_id" in bundle:
             with _held_back(problems):
                 bundle["candidate_state"] = _asked_for(settings, name, bundle["bundle_id"])
+    for name in channels:
+        with _held_back(problems):
+            finish_moves(settings, name)
     shown = {name: show_live(settings, name, channel) for name, channel in channels.items()}
     corrected = {name: showed for name, showed in shown.items() if showed is not None}
     for name, showed in corrected.items():

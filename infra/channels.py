@@ -1,8 +1,9 @@
 """Channels: the pointer that devices follow, and the log of its moves.
 
 A move is the creation of ``channels/<name>/<channel>/log/<sequence>.json``: whoever creates number n made the
-n-th move, and nobody else did. ``channels/<name>/<channel>.json`` is a copy of the newest entry, for devices;
-whatever stops a move half-way, the next caller brings the copy up to date.
+n-th move, and nobody else did. ``channels/<name>/<channel>.json`` is a copy of the newest entry, from which readers go
+on to entries that are newer: whatever stops a move half-way, or brings an old copy back, it counts. The next caller
+with writing rights brings the copy up to date.
 """
 
 from __future__ import annotations
@@ -57,7 +58,19 @@ def channels_of(store: ObjectStore, name: str) -> list[str]:
 
 
 def live(store: ObjectStore, name: str, channel: str) -> Move | None:
-    """What devices see now; None if nothing was ever published there.
+    """The newest move, which is what devices see now; None if nothing was ever published there.
+
+    Raises:
+        RecordError: As for :func:`pointer`, or if the log is damaged.
+    """
+    newest = pointer(store, name, channel)
+    while entry := _read(store, log_key(name, channel, newest.sequence + 1 if newest else 1)):
+        newest = entry[0]
+    return newest
+
+
+def pointer(store: ObjectStore, name: str, channel: str) -> Move | None:
+    """The move that the pointer shows, which may not be the newest one; None if there is no pointer.
 
     Raises:
         RecordError: If the pointer is damaged, or is not the copy of a move that the log holds.
@@ -78,8 +91,6 @@ def live(store: ObjectStore, name: str, channel: str) -> Move | None:
 def settle(store: ObjectStore, name: str, channel: str) -> Move | None:
     """Bring the pointer up to the newest move and return that; safe at any time, needed after a kill."""
     newest = live(store, name, channel)
-    while entry := _read(store, log_key(name, channel, newest.sequence + 1 if newest else 1)):
-        newest = entry[0]
     if newest is not None:
         _point(store, name, channel, newest)
     return newest

@@ -17,7 +17,7 @@ from infra.approvals import conclude, verify_sign_off
 from infra.approvers import Approvers
 from infra.blobs import Digest
 from infra.bundle_store import missing_files, read_manifest
-from infra.channels import Move, live, move, settle
+from infra.channels import Move, move, pointer, settle
 from infra.object_store import ObjectStore
 from infra.records import about, check_bundle, create_json, create_record, now, read_json, record_key
 
@@ -136,8 +136,8 @@ def rollback(
         RecordError: If there was no such version on this channel, or its records or files were changed.
         RefusedError: If its approval does not count any more.
     """
-    newest = settle(store, name, channel)
     version = rollback_target(store, name, channel) if to is None else to
+    newest = settle(store, name, channel)
     if newest is None or version not in newest.published:
         raise RecordError(
             f"version {version} was never live on channel {channel!r} of {name!r} "
@@ -160,10 +160,19 @@ def rollback(
 def rollback_target(store: ObjectStore, name: str, channel: str) -> int:
     """The newest version published to the channel before the one that is live.
 
+    A rollback that was cut short before the pointer moved is finished first, and is the one that was asked for.
+
     Raises:
-        RecordError: If there is none.
+        RecordError: If there is none, or another move was cut short, so that the caller saw what is live no more.
     """
-    newest = settle(store, name, channel)
+    shown, newest = pointer(store, name, channel), settle(store, name, channel)
+    if newest is not None and newest != shown:
+        if newest.action == "rollback":
+            return newest.version
+        raise RecordError(
+            f"channel {channel!r} of {name!r} moved to version {newest.version} just now, which was cut short before: "
+            "look at `hydraopt status`, and say which version should come back with `--to`"
+        )
     former = [version for version in newest.published if version < newest.version] if newest else []
     if not former:
         raise RecordError(f"channel {channel!r} of {name!r} has no former version to go back to")
@@ -283,16 +292,3 @@ def _result(
 
 def _numbers(newest: Move | None) -> str:
     return ", ".join(str(version) for version in newest.published) if newest else "none"
-
-
-__all__ = [
-    "Published",
-    "VersionClaim",
-    "live",
-    "promote",
-    "publish",
-    "read_version",
-    "rollback",
-    "rollback_target",
-    "settle",
-]

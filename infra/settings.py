@@ -32,6 +32,11 @@ _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _STORE_KEY = ("s3_access_key", "s3_secret_key")
 
 
+def home_folder() -> Path:
+    """The home folder, absolute, for what needs no other setting: one of them may be what is broken."""
+    return Path(os.environ.get(f"{PREFIX}HOME") or DEFAULT_HOME).expanduser().absolute()
+
+
 def _without_password(address: str) -> str:
     """Return ``address``; it is printed in messages, so it may not carry a secret."""
     if "@" in urlsplit(address).netloc:

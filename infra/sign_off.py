@@ -86,7 +86,8 @@ def count_approvals(
             terms that were signed with it.
         makers: Who trained or brought in one of its adapters.
         released: When the bundle was released, if it was: an approval that was in time stays good, also under
-            a policy that was changed since. None: for a release now.
+            a policy that was changed since; so does one that was given after it, when others had ceased to count.
+            None: for a release now.
     """
     check_bundle(name, bundle_id)
     valid, broken = list[Approval](), list[str]()
@@ -233,8 +234,9 @@ def _why_not(
 
 
 def _out_of_time(one: Approval, terms: ApprovalTerms, at: datetime) -> str | None:
-    if one.time > at + _CLOCKS_DIFFER:
-        return f"dated {one.time.isoformat()}, after {at.isoformat(timespec='seconds')}: check the clocks"
+    latest = max(at, datetime.now(UTC))  # a device's own clock may stand still
+    if one.time > latest + _CLOCKS_DIFFER:
+        return f"dated {one.time.isoformat()}, after {latest.isoformat(timespec='seconds')}: check the clocks"
     if terms.expires_days is not None and at > one.time + timedelta(days=terms.expires_days):
         return f"expired {terms.expires_days:g} days after {one.time.isoformat()}: approve again"
     return None

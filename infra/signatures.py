@@ -176,8 +176,8 @@ def open_signed(
             return _payload(body), who
     known = ", ".join(sorted(trusted)) or "nobody"
     raise RecordError(
-        f"a record is not signed by anybody trusted here ({known}): it was changed after signing, or signed "
-        "with a key that is not among the trusted approvers"
+        f"a record is not signed by anybody trusted here ({known}): its signer's key is not trusted, or no more, or it "
+        "was changed after signing"
     )
 
 

@@ -8,7 +8,8 @@ from hydraopt.errors import RecordError
 from infra.approvals import verify_sign_off
 from infra.approvers import approvers_of
 from infra.bundle_registry import BundleRegistry
-from infra.publishing import Published, live, promote, publish, read_version, rollback, rollback_target
+from infra.channels import channels_of, live, settle
+from infra.publishing import Published, promote, publish, read_version, rollback, rollback_target
 from infra.settings import Settings
 from infra.sign_off import SignOff
 from infra.supply_chain.describe import fingerprint_of
@@ -67,6 +68,14 @@ def move_back(settings: Settings, name: str, channel: str, to: int) -> Published
     return rollback(object_store(settings), name, channel, approvers_of(settings.home, name), to=to)
 
 
+@verb(task_run_name="finish interrupted moves of {name}")
+def finish_moves(settings: Settings, name: str) -> None:
+    """Bring the pointer of every channel up to the move that somebody was killed in."""
+    store = object_store(settings)
+    for channel in channels_of(store, name):
+        settle(store, name, channel)
+
+
 @verb(task_run_name="show what is live of {name} in MLflow")
 def show_live(settings: Settings, name: str, channel: str) -> str | None:
     """Bring MLflow's aliases up to date with the channel; they may have been lost or moved by hand.
@@ -75,7 +84,7 @@ def show_live(settings: Settings, name: str, channel: str) -> str | None:
         The bundle that MLflow showed as live until now, if it showed another one.
     """
     store = object_store(settings)
-    newest = live(store, name, channel)
+    newest = settle(store, name, channel)
     if newest is None:
         return None
     registry = BundleRegistry(settings)

@@ -6,9 +6,9 @@ from functools import partial
 
 from infra.approvers import approvers_of
 from infra.candidates import CandidateStatus, list_candidates
-from infra.channels import channels_of
+from infra.channels import channels_of, live
 from infra.evidence import read_gate_report
-from infra.publishing import Published, live
+from infra.publishing import Published
 from infra.settings import Settings
 from infra.view_repair import repair_adapters, repair_bundles
 from tasks.artifacts import show_gates, show_move

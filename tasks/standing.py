@@ -6,8 +6,8 @@ from typing import Any
 
 from infra.bundle_registry import BundleRegistry
 from infra.candidates import find_by_fingerprint, read_candidate
+from infra.channels import live
 from infra.object_store import ObjectStore
-from infra.publishing import live
 from infra.settings import Settings
 from tasks.desired import DesiredSet, read_desired
 from tasks.store import object_store

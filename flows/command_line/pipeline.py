@@ -48,10 +48,10 @@ def down(output: Output) -> dict[str, Any]:
     Example: hydraopt down
     """
     from infra import local_services
-    from infra.settings import Settings
+    from infra.settings import home_folder
 
     with output.progress() as progress:
-        services = local_services.down(Settings.load().home, progress=progress)
+        services = local_services.down(home_folder(), progress=progress)
     return _show_services(output, services)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from hydraopt.errors import ServiceError
+from hydraopt.errors import HydraoptError, ServiceError
 from hydraopt.progress import Progress
 from infra.local_services import health, processes
 from infra.local_services.definition import TEMPORARY_FOLDER
@@ -86,7 +87,23 @@ def down(home: Path, *, progress: Progress | None = None, grace_s: float = STOP_
             tell(done, len(names), f"stop {name}")
             records = stop_service(home, records, name, grace_s)
         tell(len(names), len(names), "all stopped")
-    return status(home)
+    with contextlib.suppress(HydraoptError):  # to stop takes no settings, which may be what is broken
+        return status(home)
+    return ServiceStatus(
+        home=home, profile=records.profile, services=tuple(_stopped(home, records, name) for name in names)
+    )
+
+
+def _stopped(home: Path, records: Records, name: str) -> ServiceState:
+    return ServiceState(
+        name=name,
+        address=records.get(name).address,
+        running=False,
+        healthy=False,
+        pid=None,
+        log=log_of(home, name),
+        problem="not running",
+    )
 
 
 def status(home: Path) -> ServiceStatus:

@@ -16,6 +16,7 @@ from hydraopt.errors import HydraoptError, ServiceError
 from infra.local_services import down, ports, processes, status
 from infra.local_services.definition import empty_temporary_folder
 from infra.local_services.state import Record, Records
+from infra.settings import home_folder
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
 
@@ -154,6 +155,21 @@ def test_down_stops_what_was_started_but_never_recorded(home):
     pid, started = run(home, "prefect", *SLEEP)
     down(home)
     assert processes.find(pid, started) is None
+
+
+def test_down_stops_what_runs_whatever_is_wrong_with_the_settings(home, monkeypatch):
+    pid, started = run(home, "store", *SLEEP)
+    (home / "credentials.json").write_text(json.dumps({"s3_access_key": "x", "s3_secret_key": "y"}))
+    (home / "credentials.json").chmod(0o644)
+    record = Record(address="http://127.0.0.1:8333", ports={"s3": 8333}, pid=pid, started=started)
+    Records().put(home, "store", record)
+    with pytest.raises(HydraoptError, match="can be read by others"):
+        status(home)
+    states = down(home)
+    assert not any(service.running for service in states.services)
+    assert processes.find(pid, started) is None
+    monkeypatch.setenv("HYDRAOPT_HOME", str(home))
+    assert home_folder() == home.absolute()
 
 
 def test_leftover_files_mean_nothing(home):

@@ -207,6 +207,34 @@ def test_what_was_released_in_time_stays_good(manager):
         office.verify(ids[0])
 
 
+@pytest.mark.parametrize("lost", ["its signer's key", "a policy"])
+def test_what_lost_its_approval_after_its_release_gets_another(manager, lost):
+    """Released a month ago; then whoever signed is trusted no more, or another policy holds."""
+    office = Office(manager)
+    first, second = (manager.judged(seed)[0] for seed in (1, 2))
+    office.approve(first, "ana")
+    office.publish(first)
+    old = datetime.now(UTC) - timedelta(days=30)
+    office.forge(first, "ana", time=old.isoformat())
+    key = record_key(manager.name, first, "published")
+    manager.store._client.put_object(
+        Bucket=manager.store.bucket, Key=key, Body=canonical({"version": 1, "time": old.isoformat()})
+    )
+    office.approve(second, "bo")
+    office.publish(second)
+    if lost == "a policy":
+        office.policy = ApprovalPolicy(needed=2, approvers=("bo", "cy"), expires_days=3)
+    else:
+        del office.keys["ana"]
+    with pytest.raises((RefusedError, RecordError)):
+        rollback(manager.store, manager.name, "stable", office.approvers)
+    again = ("bo", "cy") if lost == "a policy" else ("bo",)
+    for who in again:
+        office.approve(first, who)
+    assert rollback(manager.store, manager.name, "stable", office.approvers).live_version == 1
+    assert on_device(manager, first, office.approvers).by == again
+
+
 def test_who_trained_an_adapter_may_not_approve_it(manager, adapter_folder):
     office = Office(manager)
     folders = {"a": adapter_folder(21), "b": adapter_folder(22)}

@@ -73,6 +73,16 @@ def test_second_pull_fetches_nothing(manager, out):
     assert tree(out.parent) == before
 
 
+def test_an_older_pointer_brought_back_moves_no_device(manager, out):
+    release(manager, 1)
+    old = manager.store.read(pointer_key(manager.name, "stable"))[0]
+    second = release(manager, 2)
+    overwrite(manager, pointer_key(manager.name, "stable"), old)
+    assert pulled(manager, out).bundle_id == second
+    manager.store._client.delete_object(Bucket=manager.store.bucket, Key=pointer_key(manager.name, "stable"))
+    assert pulled(manager, out).bundle_id == second
+
+
 def test_only_files_the_device_lacks_are_fetched(manager, out):
     first, second = release(manager, 1), manager.approved(2)
     pulled(manager, out)

@@ -26,9 +26,10 @@ from infra.approvals import approve
 from infra.approvers import SERVICES, approvers_of, trust
 from infra.bundle_registry import model_name
 from infra.candidates import list_candidates
+from infra.channels import live
 from infra.mlflow_access import client
 from infra.object_store import ObjectStore
-from infra.publishing import live, publish
+from infra.publishing import publish
 from infra.serving_record import note_serving
 from infra.settings import Settings
 from infra.signatures import public_key_pem

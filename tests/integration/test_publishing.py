@@ -19,6 +19,7 @@ from infra.blobs import BlobRef
 from infra.bundle_store import read_manifest
 from infra.candidates import list_candidates
 from infra.channels import Move, live, log_key, move, pointer_key, settle
+from infra.channels import pointer as shown_by_pointer
 from infra.publishing import publish, read_version, rollback, rollback_target
 from infra.records import canonical, record_key
 from infra.signatures import generate_key
@@ -171,9 +172,26 @@ def test_move_that_stopped_before_the_pointer_is_finished_by_the_next_one(manage
     manager.store._client.put_object(
         Bucket=manager.store.bucket, Key=pointer_key(manager.name, "stable"), Body=pointer
     )
-    assert settle(manager.store, manager.name, "stable").version == 2
     assert live(manager.store, manager.name, "stable").version == 2
+    assert shown_by_pointer(manager.store, manager.name, "stable").version == 1
+    with pytest.raises(RecordError, match=r"moved to version 2 just now.*--to"):
+        rollback_target(manager.store, manager.name, "stable")
+    assert shown_by_pointer(manager.store, manager.name, "stable").version == 2
+    assert settle(manager.store, manager.name, "stable").version == 2
     assert len(moves(manager)) == 2
+
+
+def test_rollback_that_stopped_before_the_pointer_goes_back_once(manager):
+    for seed in range(3):
+        publish_on(manager, manager.approved(seed))
+    pointer = manager.store.read(pointer_key(manager.name, "stable"))[0]
+    back(manager)
+    manager.store._client.put_object(
+        Bucket=manager.store.bucket, Key=pointer_key(manager.name, "stable"), Body=pointer
+    )
+    assert back(manager).live_version == 2  # asked for again
+    assert [one["action"] for one in moves(manager)] == ["publish"] * 3 + ["rollback"]
+    assert back(manager).live_version == 1
 
 
 def test_racing_moves_are_made_one_after_the_other(manager):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
@@ -25,6 +24,7 @@ MADE_FROM = frozenset({"shared_from", "calibration"})
 """Fields that a merge fills in: what it was made from beside the adapters."""
 
 _DIGEST = r"^[0-9a-f]{64}$"
+_LEAST_WEIGHT = 1e-12  # of a task that counts: sums of weights keep the digits of every one
 
 ADAPTIVE = ("hydraopt", "separate", "two-sided")
 """Methods whose ranks and precisions the budget chooses vector by vector."""
@@ -117,9 +117,10 @@ class Recipe(StrictSettings):
     @classmethod
     def _usable_weights(cls, weights: dict[str, float]) -> dict[str, float]:
         for task, weight in weights.items():
-            if not (math.isfinite(weight) and weight >= 0):
+            if weight and not _LEAST_WEIGHT <= weight <= 1 / _LEAST_WEIGHT:
                 raise ValueError(
-                    f"the weight of task {task!r} is {weight}; it must be finite and not negative"
+                    f"the weight of task {task!r} is {weight}; it must be 0, or from {_LEAST_WEIGHT:g} to "
+                    f"{1 / _LEAST_WEIGHT:g}"
                 )
         return dict(sorted(weights.items()))
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import click
 
 from flows.command_line.process_memory import keep_memory
+from flows.command_line.standard_streams import open_closed_streams
 
 # Before torch is loaded, here and in the processes started from here: its threads otherwise spin while they
 # wait for one another, and where a core is busy with something else a training step takes ten times as long.
@@ -97,6 +98,7 @@ class _LazyGroup(click.Group):
 
     def main(self, args: Sequence[str] | None = None, *rest: Any, **extra: Any) -> Any:
         """Run as click does; with ``--json`` a usage error is a JSON object on stdout as well."""
+        open_closed_streams()
         given = list(sys.argv[1:] if args is None else args)
         if not extra.pop("standalone_mode", True):
             return super().main(given, *rest, standalone_mode=False, **extra)

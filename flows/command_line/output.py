@@ -55,6 +55,7 @@ _OF_THE_PLACE = {
 }
 """What the system says of a place that was named or of the disk it is on: no fault of ours."""
 _PLAIN_WIDTH = 120
+_NOBODY_READS = 141  # as of a program that SIGPIPE ended
 _EXTRA_OF_MODULE = {
     "prefect": "pipeline",
     "mlflow": "pipeline",
@@ -91,7 +92,7 @@ class Output:
         """Print a part of the result for a reader; with ``--json`` the object says it all instead."""
         if not self.as_json:
             width = None if self._stdout.isatty() else _PLAIN_WIDTH
-            console = Console(file=self._stdout, highlight=False, markup=False, width=width)
+            console = _Console(file=self._stdout, highlight=False, markup=False, width=width)
             console.print(renderable, soft_wrap=isinstance(renderable, str))
 
     def note(self, text: str) -> None:
@@ -135,8 +136,18 @@ class Output:
         if self.debug:
             self.note("".join(traceback.format_exception(error)))
         self.note(f"hydraopt: {message}")
-        self.finish({"error": message, "kind": type(error).__name__, "exit_code": code})
+        try:
+            self.finish({"error": message, "kind": type(error).__name__, "exit_code": code})
+        except OSError:
+            self.give_up()
         return code
+
+    def give_up(self) -> None:
+        """Drop what stdout did not take: Python would try again at its end, and complain."""
+        with contextlib.suppress(OSError, ValueError):  # a test's has no descriptor
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stdout.fileno())
+            os.close(nowhere)
 
 
 def command(name: str, **settings: Any) -> Callable[[Callable[..., Any]], click.Command]:
@@ -153,18 +164,27 @@ def command(name: str, **settings: Any) -> Callable[[Callable[..., Any]], click.
             try:
                 with output.running(), _named_extras():
                     result = function(output, **given)
+                output.finish(result)
             except (click.ClickException, click.exceptions.Exit, click.Abort):
                 raise
+            except BrokenPipeError:  # whoever read us has seen enough, as `head` does
+                output.give_up()
+                code = _NOBODY_READS
             except Exception as error:  # noqa: BLE001 - every failure leaves as a message and an exit code
                 code = output.fail(error)
             else:
-                output.finish(result)
                 code = 0
             click.get_current_context().exit(code)
 
         return run
 
     return decorate
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave it to the frame of the command, where rich would end the process."""
+        raise BrokenPipeError
 
 
 class _Bars:

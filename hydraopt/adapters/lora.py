@@ -111,16 +111,27 @@ def check_init(source: Source) -> None:
 
 
 def check_target(source: Source, name: str) -> None:
-    """Refuse a module the configuration does not name: PEFT would not load it.
+    """Refuse a module that PEFT would not load.
 
     Raises:
-        AdapterFormatError: If ``target_modules`` does not name it.
+        AdapterFormatError: If ``target_modules`` does not name it, or a wrapper's part of the name hides it.
     """
+    parts = name.split(".")
+    if "_orig_mod" in parts or parts[0] == "module":
+        raise source.refuse(
+            f"module {name!r} is named as inside a wrapper (torch.compile, DistributedDataParallel), where PEFT would "
+            "not find it: save the model that was wrapped"
+        )
     targets = source.config.get("target_modules")
     if not is_target(name, targets):
+        tied = "; ensure_weight_tying adds it, which is not supported" if _ties(source) else ""
         raise source.refuse(
-            f"module {name!r} has tensors of an update, but target_modules={targets!r} does not name it"
+            f"module {name!r} has tensors of an update, but target_modules={targets!r} does not name it{tied}"
         )
+
+
+def _ties(source: Source) -> bool:
+    return bool(source.config.get("ensure_weight_tying"))
 
 
 def _module(source: Source, down: str, up: str, layer: Layer) -> AdapterModule:

@@ -57,9 +57,10 @@ def whole_tensors(
         if not tensor.startswith(prefix):
             raise source.refuse(f"tensor {tensor!r} does not start with {prefix!r} as PEFT writes it")
         if not any(is_saved(tensor, name) for name in saved) and copied_module(tensor) not in modules:
+            tied = ": ensure_weight_tying adds it, which is not supported"
             raise source.refuse(
-                f"tensor {tensor!r} is neither part of an update nor below modules_to_save={sorted(saved)}; "
-                "it is refused rather than dropped"
+                f"tensor {tensor!r} is neither part of an update nor below modules_to_save={sorted(saved)}"
+                f"{tied if source.config.get('ensure_weight_tying') else ''}; it is refused rather than dropped"
             )
         extras.append(tensor)
     return extras

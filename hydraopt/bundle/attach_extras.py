@@ -34,7 +34,14 @@ def place_extras(model: Any, name: str, extras: Mapping[str, Tensor]) -> None:
 
 def _check_copy(layer: Any, task: str, name: str, copy: Tensor) -> None:
     own = getattr(layer.get_base_layer(), name.rsplit(".", 1)[-1])
-    if own is None or own.shape != copy.shape or not torch.equal(copy.to(own.device, own.dtype), own):
+    copy = copy if own is None else copy.to(own.device)
+    # Either may have been rounded to the dtype of the other.
+    is_same = (
+        own is not None
+        and own.shape == copy.shape
+        and (torch.equal(copy.to(own.dtype), own) or torch.equal(own.to(copy.dtype), copy))
+    )
+    if not is_same:
         raise BundleError(
             f"task {task!r} carries its own {name!r}, which differs from the base model's: it was resized or trained. "
             "One model cannot hold both; export the task and load it alone"

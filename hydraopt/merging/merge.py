@@ -108,7 +108,7 @@ def merge(
         "scale": scale,
         "steps": steps,
         "bits": bits,
-        "weights": None if weights is None else dict(weights),
+        "weights": dict(weights) if isinstance(weights, Mapping) else weights,
         "dtype": dtype,
         "seed": seed,
         "calibration": None if metrics is None else metrics.digest,
@@ -149,7 +149,10 @@ def open_set(adapters: Mapping[str, Adapter | Path | str]) -> dict[str, Adapter]
         AdapterFormatError: If one cannot be read exactly.
         AdapterMismatchError: As for :func:`merge`.
     """
-    opened = {check_task_name(task): open_adapter(adapters[task]) for task in sorted(adapters)}
+    if not isinstance(adapters, Mapping):
+        raise AdapterMismatchError(f"adapters must be a mapping of names to folders, not {adapters!r}")
+    names = [check_task_name(task) for task in adapters]
+    opened = {task: open_adapter(adapters[task]) for task in sorted(names)}
     check_set(opened)
     return opened
 

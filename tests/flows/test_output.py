@@ -8,7 +8,9 @@ import sys
 import click
 import pytest
 from click.testing import CliRunner
+from tiny_adapters import write_adapter
 
+import hydraopt
 from flows.command_line import COMMANDS, main
 from flows.command_line.output import Output, command
 from hydraopt.errors import AdapterFormatError, RefusedError
@@ -67,6 +69,48 @@ def test_json_stays_alone_when_c_code_and_children_print(tmp_path):
     assert json.loads(done.stdout) == {"ok": True}
     assert "from C" in done.stderr
     assert "from a child" in done.stderr
+
+
+HYDRAOPT = f"{sys.executable} -m flows.command_line"
+
+
+@pytest.mark.parametrize(
+    ("ending", "code", "printed"),
+    [
+        ("inspect {b} --json", 0, {"bundle_id"}),
+        ("inspect {b} --json 2>&-", 0, {"bundle_id"}),
+        ("inspect {b} >&-", 0, None),
+        ("inspect nothing --json 2>&-", 2, {"error", "kind", "exit_code"}),
+        ("inspect {b} --json >/dev/full", 2, None),
+        ("inspect {b} >/dev/full", 2, None),
+        ("merge {a} --budget 1 --out {o} --json 2>&-", 0, {"bundle_id"}),
+    ],
+)
+def test_streams_that_are_closed_or_full_break_nothing(tmp_path, ending, code, printed):
+    adapter = write_adapter(tmp_path / "a", 1)
+    hydraopt.merge({"a": adapter}, budget=1).save(tmp_path / "b")
+    words = ending.format(a=adapter, b=tmp_path / "b", o=tmp_path / "o")
+    done = shell(f"{HYDRAOPT} {words}")
+    assert (done.returncode, "Traceback" in done.stderr) == (code, False), done
+    if printed is not None:
+        assert printed <= json.loads(done.stdout).keys()
+    assert (tmp_path / "o").exists() == words.startswith("merge")
+
+
+def test_a_reader_that_leaves_is_no_error_of_ours(tmp_path):
+    """The pipe is closed before anything is written: as `head` may, when it has seen enough."""
+    adapter = write_adapter(tmp_path / "a", 1)
+    done = shell(f"({HYDRAOPT} inspect {adapter}; echo $? >{tmp_path}/code) | true")
+    assert "unexpected" not in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "code").read_text().strip() == "141"
+
+
+def shell(line):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run(
+        ["sh", "-c", line], capture_output=True, text=True, check=False, env=environment, timeout=120
+    )
 
 
 def test_text_is_shown_as_it_is():

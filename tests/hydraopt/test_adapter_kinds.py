@@ -546,6 +546,15 @@ def test_a_resized_table_is_not_attached_beside_others(tmp_path):
         bundle.attach(llama())
 
 
+def test_a_table_that_was_only_rounded_on_saving_is_the_base_models_own(tmp_path):
+    trained(llama, CASES["embedding"][1], tmp_path / "task")
+    file = tmp_path / "task" / "adapter_model.safetensors"
+    save_file({name: tensor.bfloat16() for name, tensor in load_file(file).items()}, file)
+    bundle = hydraopt.merge({"task": tmp_path / "task"}, budget=1.0)
+    expected = logits(PeftModel.from_pretrained(llama(), tmp_path / "task").eval())
+    torch.testing.assert_close(logits(bundle.attach(llama())), expected, rtol=0, atol=2e-2)  # of bfloat16
+
+
 def edit(folder, **changes):
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))

@@ -10,10 +10,11 @@ from hydraopt.errors import DeviceError
 
 def test_a_device_is_found_by_its_name():
     assert find_device("cpu") == torch.device("cpu")
+    assert find_device(torch.device("cpu")) == torch.device("cpu")
     assert find_device("auto") == torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.mark.parametrize("name", ["abacus", "", "CPU", "cuda:x", "cpu:0", "meta"])
+@pytest.mark.parametrize("name", ["abacus", "", "CPU", "cuda:x", "cpu:0", "meta", None])
 def test_an_unknown_device_is_refused(name):
     with pytest.raises(DeviceError, match=f"device '{name}' is not known; use auto, cpu or cuda"):
         find_device(name)

@@ -548,6 +548,27 @@ def test_weights_of_nothing_are_refused(workshop):
             hydraopt.merge(folders, weights={"t0": 0, "t1": 0}, **limit)
 
 
+@pytest.mark.parametrize("weight", [-1, float("nan"), float("inf"), 1e-13, 1e13])
+def test_a_weight_beside_which_others_would_vanish_is_refused(workshop, weight):
+    with pytest.raises(
+        BudgetError, match=rf"weight of task 'a' is {weight:.0e}|{weight}.*must be 0, or from"
+    ):
+        hydraopt.merge({"a": workshop.adapter("a")}, weights={"a": weight})
+
+
+@pytest.mark.parametrize(
+    ("adapters", "words"),
+    [
+        (["folder"], "a mapping of names to folders"),
+        ("folder", "a mapping"),
+        ({1: "folder"}, "a string, not 1"),
+    ],
+)
+def test_what_is_no_set_of_adapters_is_named(adapters, words):
+    with pytest.raises(HydraoptError, match=words):
+        hydraopt.merge(adapters)
+
+
 def test_a_bound_on_the_error_is_on_the_mean_over_the_tasks(workshop):
     """Root mean square over tasks, the weights counted; not on each."""
     scales = {"a": 1.0, "b": 1.0, "c": 1.0}

@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hydraopt
@@ -115,6 +116,26 @@ def test_what_cannot_be_read_exactly_is_refused_by_name(workshop, setting, value
     with pytest.raises(AdapterFormatError, match=word) as error:
         hydraopt.read_adapter(folder)
     assert str(folder) in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["module.model.layers", "_orig_mod.model.layers", "model.layers._orig_mod"])
+def test_names_from_inside_a_wrapper_are_refused(workshop, name):
+    """PEFT would warn, and load nothing."""
+    folder = workshop.adapter("a")
+    file = folder / "adapter_model.safetensors"
+    save_file({key.replace("model.layers", name): tensor for key, tensor in load_file(file).items()}, file)
+    with pytest.raises(AdapterFormatError, match=r"inside a wrapper.*save the model that was wrapped"):
+        hydraopt.read_adapter(folder)
+
+
+def test_what_weight_tying_adds_is_refused_with_its_name(workshop):
+    folder = workshop.adapter("a", ensure_weight_tying=True, target_modules=["k_proj"])
+    with pytest.raises(AdapterFormatError, match="ensure_weight_tying adds it"):
+        hydraopt.read_adapter(folder)
+    extra = {"base_model.model.model.embed_tokens.weight": torch.zeros(4, 4)}
+    folder = workshop.adapter("b", ensure_weight_tying=True, extras=extra)
+    with pytest.raises(AdapterFormatError, match="ensure_weight_tying adds it"):
+        hydraopt.read_adapter(folder)
 
 
 def test_pickled_weights_are_refused_unopened(workshop, tmp_path):

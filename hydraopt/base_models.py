@@ -286,6 +286,8 @@ def _is_folder(source: str) -> bool:
 
 def _find_on_hub(name: str, revision: str | None) -> None:
     """Ask the hub once: ``from_pretrained`` would retry each file for a minute before it gave up."""
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        raise OSError("there is no such folder")
     if isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json", revision=revision), str):
         return
     try:

@@ -124,6 +124,8 @@ def _home_of(out: Path) -> Iterator[Path]:
         raise HydraoptError(
             f"{out} exists and did not come from a pull: choose another place, or move it away"
         )
+    if not out.is_symlink() and out.resolve() == Path.cwd():
+        raise HydraoptError(f"{out} is the folder you are in, and would be replaced: name one inside it")
     home = out.parent / f".{out.name}.bundles"
     if out.is_symlink() and out.readlink().parent != Path(home.name):
         raise HydraoptError(f"{out} is a link that no pull made: choose another place, or remove it")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from functools import partial
 
+from apprise import Apprise
 from prefect.blocks.abstract import NotificationBlock
 from prefect.blocks.core import Block
 from prefect.blocks.notifications import AppriseNotificationBlock
@@ -95,13 +96,16 @@ def save_url(name: str, url: str) -> None:
     """Send a first message to an Apprise URL, and keep it in Prefect as the block ``apprise-url/NAME``.
 
     Raises:
+        TaskFileError: If it is no such URL.
         ServiceError: If that message cannot be delivered.
     """
+    if not Apprise().add(url):
+        raise TaskFileError("this is no Apprise URL, such as mailto://... or slack://...; nothing was saved")
     block = AppriseUrl(url=SecretStr(url))
     subject = "hydraopt can tell you things here"
     if problem := _send_through(block, f"apprise-url/{name}", subject, "This is a test message."):
         raise ServiceError(
-            f"{problem}; nothing was saved: is it an Apprise URL, such as mailto://... or slack://...?"
+            f"{problem}; nothing was saved: is the service reached from here, and are the words in the URL right?"
         )
     block.save(name, overwrite=True)
 

@@ -86,11 +86,13 @@ def approve(
     signed = sign(store, bundle, whole_id, who, private, approvers)
     sign_off = count(store, bundle, whole_id, approvers)
     output.show(f"{bundle} {whole_id[:12]} is approved by {signed['as']}: {sign_off.missing}")
+    newer = None
     with suppress(RecordError):  # a hint: a damaged record of another candidate stops nothing
         newest = list_candidates(store, bundle)[0]
         if newest.bundle_id != whole_id and newest.state != "rejected":
+            newer = newest.bundle_id
             output.note(
-                f"{bundle} has a newer candidate, {newest.bundle_id[:12]} ({newest.state}): this one holds adapters or "
+                f"{bundle} has a newer candidate, {newer[:12]} ({newest.state}): this one holds adapters or "
                 "settings that were replaced since"
             )
     result = {
@@ -99,6 +101,7 @@ def approve(
         "approved_by": sign_off.by,
         "needed": sign_off.needed,
         "not_counted": sign_off.ignored,
+        "newer_candidate": newer,
         "released": None,
     }
     if not release or not sign_off.complete:
@@ -250,7 +253,12 @@ def keygen(output: Output, who: str, key: Path) -> dict[str, Any]:
         raise click.UsageError(
             f"{who!r} has a key already; remove {home / 'approvers' / who}.pem to replace it"
         )
-    public = trust(home, who, generate_key(key))
+    made = generate_key(key)
+    try:
+        public = trust(home, who, made)
+    except BaseException:
+        key.unlink()  # a key that nobody trusts would only be in the way of the next attempt
+        raise
     output.show(f"private key: {key}\ntrusted as {who}: {public}")
     return {"who": who, "key": key, "public_key": public}
 

@@ -241,6 +241,12 @@ def test_a_base_model_that_is_none_is_named_with_the_ways_out(name, monkeypatch)
     assert repr(name) in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["/nope/model", "./model", "../model", "~/model", "some/nested/folder"])
+def test_a_folder_that_is_not_there_is_no_name_for_the_hub(name):
+    with pytest.raises(TaskFileError, match=f"base model '{name}' cannot be loaded: there is no such folder"):
+        load_base(name, None, "SEQ_CLS", num_labels=2)
+
+
 def test_a_hub_that_cannot_be_reached_is_told_with_the_ways_out(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(TaskFileError, match=r"'somebody/some-model' at revision 'v1'.*local folder"):

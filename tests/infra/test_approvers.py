@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from click.testing import CliRunner
 
+from flows.command_line import main
 from hydraopt.errors import HydraoptError, RecordError
 from infra.approvers import trust, trusted
 from infra.signatures import generate_key, key_id, load_public_key
@@ -31,6 +33,18 @@ def test_another_key_for_the_same_person_is_refused(tmp_path, public):
     path = trust(tmp_path / "home", "alice", public("alice"))
     with pytest.raises(RecordError, match=f"remove {path}"):
         trust(tmp_path / "home", "alice", public("new"))
+
+
+def test_a_key_that_could_not_be_trusted_is_not_left_in_the_way(tmp_path, monkeypatch):
+    monkeypatch.setenv("HYDRAOPT_HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "approvers").write_text("no folder")
+    words = ["keygen", "ana", "--key", str(tmp_path / "ana.pem")]
+    assert CliRunner().invoke(main, words).exit_code == 2
+    assert not (tmp_path / "ana.pem").exists()
+    (tmp_path / "home" / "approvers").unlink()
+    assert CliRunner().invoke(main, words).exit_code == 0
+    assert (tmp_path / "ana.pem").exists()
 
 
 def test_one_key_cannot_be_two_people(tmp_path, public):

@@ -73,6 +73,15 @@ def test_second_pull_fetches_nothing(manager, out):
     assert tree(out.parent) == before
 
 
+def test_the_folder_one_is_in_is_not_replaced(manager, out, monkeypatch):
+    release(manager, 1)
+    out.mkdir(parents=True)
+    monkeypatch.chdir(out)
+    with pytest.raises(HydraoptError, match="the folder you are in"):
+        pulled(manager, out)
+    assert list(out.parent.iterdir()) == [out]
+
+
 def test_an_older_pointer_brought_back_moves_no_device(manager, out):
     release(manager, 1)
     old = manager.store.read(pointer_key(manager.name, "stable"))[0]

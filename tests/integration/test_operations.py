@@ -215,6 +215,9 @@ def test_a_web_hook_is_told_once(home, office, tmp_path):
         assert code == 2
         assert "'apprise-url/hook' failed" in result["error"]
         assert "hush" not in result["error"]
+        url.write_text("hush://nothing")
+        code, result = run(home, "notify", "hook", "--url-file", url)
+        assert (code, "no Apprise URL" in result["error"], "hush" in result["error"]) == (2, True, False)
     finally:
         (home / "notifications.yaml").unlink()
 

@@ -32,8 +32,14 @@ def stranger():
 
 def run(home, name, *command):
     """Start a process the way a service is started."""
-    environment = {**os.environ, processes.MARK: processes.mark(home, name)}
-    return processes.start(command, environment=environment, folder=home, log=home / "log")
+    value = processes.mark(home, name)
+    environment = {**os.environ, processes.MARK: value}
+    started = processes.start(command, environment=environment, folder=home, log=home / "log")
+    end = time.monotonic() + 10
+    # The kernel shows a new program's variables an instant after it has begun.
+    while started[0] not in {process.pid for process in processes.family(value)}:
+        assert time.monotonic() < end
+    return started
 
 
 def wait_until(condition, what):

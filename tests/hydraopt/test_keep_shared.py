@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import hydraopt
 from hydraopt.bundle.layout import SHARED_FILE, task_file
-from hydraopt.errors import AdapterMismatchError, BudgetError, BundleError
+from hydraopt.errors import AdapterFormatError, AdapterMismatchError, BudgetError, BundleError
 from hydraopt.merging import keep_shared
 from hydraopt.merging.keep_shared import KeepingRun
 from hydraopt.merging.side_by_side import joined
+from hydraopt.recipe import SOLVER_VERSION
 
 WIDE = {"q_proj": (48, 64), "up_proj": (96, 48)}
 
@@ -152,12 +154,12 @@ def mirrored(workshop, name, seed):
     return workshop.write(name, config, flipped)
 
 
-def alike(workshop, name, seed):
+def alike(workshop, name, seed, noise=0.1):
     """An adapter near the others in both A and B."""
     folder = make(workshop, name, 0)
     tensors = load_file(folder / "adapter_model.safetensors")
     generator = torch.Generator().manual_seed(seed)
-    noisy = {key: one + 0.1 * torch.randn(one.shape, generator=generator) for key, one in tensors.items()}
+    noisy = {key: one + noise * torch.randn(one.shape, generator=generator) for key, one in tensors.items()}
     return workshop.write(name, json.loads((folder / "adapter_config.json").read_text()), noisy)
 
 
@@ -198,6 +200,37 @@ def test_levels_are_chosen_by_price_within_the_bytes_that_are_left(workshop, fol
         assert fresh.manifest.recipe.budget == budget
     assert errors == sorted(errors, reverse=True)
     assert errors[0] > errors[-1]
+
+
+def test_weights_decide_which_changed_task_is_close(workshop, folders):
+    """The more one counts, the closer it is, at the other's expense: both share the bytes that are left."""
+    former = hydraopt.merge(folders, budget=0.4)
+    now = change(workshop, change(workshop, folders, "t1", 52), "t2", 53)
+    found = [
+        hydraopt.merge(now, keep_shared=former, weights={"t1": weight}).manifest.tasks
+        for weight in (1e-3, 1.0, 1e3)
+    ]
+    own, other = ([tasks[task].relative_error for tasks in found] for task in ("t1", "t2"))
+    assert own[0] > own[1] > own[2]
+    assert other[0] < other[1] < other[2]
+
+
+def test_dense_heads_are_priced_with_all_their_columns(workshop, folders):
+    """Two changed tasks under a budget that has no room for both heads of every module."""
+    former = hydraopt.merge(folders, method="paper", budget=0.5)
+    now = change(workshop, change(workshop, folders, "t1", 54), "t2", 55)
+    fresh = hydraopt.merge(now, keep_shared=former, budget=0.3)
+    assert fresh.storage_ratio <= 0.3
+
+
+def test_with_the_whole_budget_each_task_keeps_its_own_rank(workshop, folders):
+    former = hydraopt.merge(folders, budget=1.0)
+    ranks = {"t1": 2, "t2": 6}
+    now = folders | {task: make(workshop, f"rank-{rank}", 57, rank=rank) for task, rank in ranks.items()}
+    fresh = hydraopt.merge(now, keep_shared=former)
+    for task, rank in ranks.items():
+        place = fresh.task_names.index(task)
+        assert {sum(module.heads[place]) for module in fresh.manifest.modules} == {rank}
 
 
 def test_new_tasks_come_and_removed_ones_go(workshop, folders):
@@ -246,6 +279,38 @@ def test_error_bounds_and_ranks_go_on(workshop, folders):
     assert whole.manifest.tasks["t1"].relative_error <= 1e-6
 
 
+def test_a_budget_takes_the_place_of_an_error_bound_or_a_rank(workshop, folders):
+    now = change(workshop, folders, "t1", 50)
+    for setting in ({"max_error": 0.3}, {"rank": 4, "method": "separate"}):
+        recipe = hydraopt.merge(
+            now, keep_shared=hydraopt.merge(folders, **setting), budget=0.9
+        ).manifest.recipe
+        assert (recipe.budget, recipe.max_error, recipe.rank) == (0.9, None, None)
+
+
+def test_weights_go_on_for_the_tasks_that_stay(workshop, folders):
+    former = hydraopt.merge(folders, budget=0.5, weights={"t1": 2.0, "t3": 4.0})
+    now = change(workshop, folders, "t1", 51)
+    del now["t3"]
+    assert hydraopt.merge(now, keep_shared=former, budget=0.9).manifest.recipe.weights == {"t1": 2.0}
+
+
+@pytest.mark.parametrize("settings", [{"max_error": 0.3}, {"method": "separate", "rank": 4}, {"budget": 1.0}])
+def test_no_size_is_warned_of_where_none_was_asked_for(workshop, folders, settings):
+    """An error bound, a rank and the whole of every update take what they need."""
+    former = hydraopt.merge(folders, **settings)
+    assert hydraopt.merge(change(workshop, folders, "t1", 56), keep_shared=former).warnings == ()
+
+
+def test_the_manifest_names_the_solver_of_now(workshop, folders, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("hydraopt.merging.assembly.SOLVER_VERSION", "1")
+        former = hydraopt.merge(folders, budget=0.5)
+    assert former.manifest.solver == "1"
+    fresh = hydraopt.merge(change(workshop, folders, "t1", 50), keep_shared=former)
+    assert fresh.manifest.solver == SOLVER_VERSION
+
+
 def test_a_task_far_from_the_shared_part_is_named(workshop, folders):
     """Its A points elsewhere: no head on the kept rows can follow, and more bytes do not help."""
     former = hydraopt.merge(folders, budget=0.5, method="paper")
@@ -261,6 +326,14 @@ def test_a_task_far_from_the_shared_part_is_named(workshop, folders):
     assert unlike.manifest.tasks["t1"].relative_error > like.manifest.tasks["t1"].relative_error
     near = make(workshop, "near", 1, scale=1.5)  # t1 again, but louder
     assert hydraopt.merge(folders | {"t1": near}, keep_shared=former).warnings == ()
+
+
+def test_no_error_below_a_twentieth_is_warned_of(workshop, folders):
+    """However many times the former one it is, here that of rounding to float32."""
+    former = hydraopt.merge(folders, method="paper", rank=24, dtype="float32")
+    fresh = hydraopt.merge(folders | {"t0": alike(workshop, "near", 90, noise=0.03)}, keep_shared=former)
+    assert 1000 * former.relative_error < fresh.manifest.tasks["t0"].relative_error < 0.05
+    assert fresh.warnings == ()
 
 
 def test_extras_of_changed_tasks_are_carried(workshop, folders):
@@ -299,9 +372,27 @@ def test_what_does_not_belong_on_the_shared_part_is_refused(workshop, folders):
             hydraopt.merge(folders, keep_shared=former, **setting)
     with pytest.raises(BudgetError, match=r"leaves \d+ bytes to the changed tasks t1"):
         hydraopt.merge(change(workshop, folders, "t1", 9), keep_shared=former, budget=0.2)
+    revised = {task: make(workshop, f"{task}-b", i, revision="b") for i, task in enumerate(folders)}
+    with pytest.raises(AdapterMismatchError, match=r"base model revision 'b'.*None"):
+        hydraopt.merge(revised, keep_shared=former)
     tight = hydraopt.merge(folders, max_error=0.05, method="paper")
     with pytest.raises(BudgetError, match=r"max_error=0.05.*no less than 0\.\d+"):
         hydraopt.merge(change(workshop, folders, "t1", 9, shared_a=False), keep_shared=tight)
+
+
+def test_changed_adapters_are_held_to_what_every_merge_asks(workshop, folders):
+    """Finite numbers, within the range of the stored dtype."""
+    former = hydraopt.merge(folders, budget=0.5, dtype="float16", bits=16)
+    with pytest.raises(BudgetError, match="range of torch.float16"):
+        hydraopt.merge(change(workshop, folders, "t1", 61, scale=1e9), keep_shared=former)
+    now = change(workshop, folders, "t1", 60)
+    file = now["t1"] / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = min(tensors)
+    tensors[name][0, 0] = math.nan
+    save_file(tensors, file)
+    with pytest.raises(AdapterFormatError, match=re.escape(name)):
+        hydraopt.merge(now, keep_shared=former)
 
 
 def test_a_damaged_former_bundle_is_refused(workshop, folders, tmp_path):

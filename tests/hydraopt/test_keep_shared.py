@@ -98,21 +98,26 @@ def test_modules_built_together_are_as_alone(workshop, monkeypatch, settings):
             assert (found[name] - update).norm() <= 1e-5 * update.norm()
 
 
-def test_the_manifest_is_as_long_as_the_budget_counted_on(workshop, folders, monkeypatch):
-    """Digests and errors have their lengths, counts theirs: what is written is never longer, nor much shorter."""
-    former = hydraopt.merge(folders, budget=0.5)
-    counted = []
+def test_the_manifest_is_as_long_as_the_budget_counted_on(workshop, monkeypatch):
+    """Digests and errors have their lengths, counts theirs: what is written is never longer, nor much shorter, however
+    many modules it tells of."""
+    counted, spare = [], []
     measure = KeepingRun._container_bytes
     monkeypatch.setattr(
         KeepingRun,
         "_container_bytes",
         lambda run, choices: counted.append(measure(run, choices)) or counted[-1],
     )
-    fresh = hydraopt.merge(change(workshop, folders, "t1", 50), keep_shared=former)
-    heads = {task: numbers.nbytes for task, numbers in fresh.contents.heads.items()}
-    files = {task: entry.file.bytes for task, entry in fresh.manifest.tasks.items()}
-    written = len(fresh.manifest.canonical()) + files["t1"] - heads["t1"]
-    assert any(written <= size <= written + 200 for size in counted[-2:])
+    for layers in (2, 20):
+        folders = {f"t{i}": make(workshop, f"{layers}-{i}", i, layers=layers) for i in range(4)}
+        former = hydraopt.merge(folders, budget=0.5)
+        now = folders | {"t1": make(workshop, f"{layers}-new", 50, layers=layers)}
+        fresh = hydraopt.merge(now, keep_shared=former)
+        heads = fresh.contents.heads["t1"].nbytes
+        written = len(fresh.manifest.canonical()) + fresh.manifest.tasks["t1"].file.bytes - heads
+        spare.append(min(size - written for size in counted[-2:] if size >= written))
+    assert max(spare) <= 200
+    assert abs(spare[0] - spare[1]) <= 16  # digits of sizes and errors
 
 
 def projected(update, module, shared):
@@ -383,7 +388,7 @@ def test_what_does_not_belong_on_the_shared_part_is_refused(workshop, folders):
 def test_changed_adapters_are_held_to_what_every_merge_asks(workshop, folders):
     """Finite numbers, within the range of the stored dtype."""
     former = hydraopt.merge(folders, budget=0.5, dtype="float16", bits=16)
-    with pytest.raises(BudgetError, match="range of torch.float16"):
+    with pytest.raises(BudgetError, match=r"range of .*float16"):
         hydraopt.merge(change(workshop, folders, "t1", 61, scale=1e9), keep_shared=former)
     now = change(workshop, folders, "t1", 60)
     file = now["t1"] / "adapter_model.safetensors"

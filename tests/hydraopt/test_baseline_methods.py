@@ -121,6 +121,16 @@ def test_the_fit_comes_near_the_closed_form_with_the_same_bytes(folders, heads):
         assert (ours.shared, ours.heads, ours.groups) == (theirs.shared, theirs.heads, theirs.groups)
 
 
+def test_a_fit_is_closer_to_the_task_that_counts_more(folders):
+    errors = [
+        hydraopt.merge(folders, method="gradient", rank=2, steps=100, dtype="float32", weights={"t0": weight})
+        .manifest.tasks["t0"]
+        .relative_error
+        for weight in (100.0, 0.01)
+    ]
+    assert errors[0] < 0.5 * errors[1]
+
+
 def test_a_fit_takes_a_budget_as_the_closed_form_does(folders):
     fitted = hydraopt.merge(folders, method="gradient", budget=0.75, steps=2)
     closed = hydraopt.merge(folders, method="paper", budget=0.75)

@@ -174,6 +174,11 @@ def test_ties_keeps_one_update_that_is_not_trimmed():
     torch.testing.assert_close(dense(ties([one], [0.3], density=1.0)), dense(one), **ROUNDING)
 
 
+def test_ties_elects_plus_where_the_votes_cancel():
+    two = [LowRank(torch.tensor([[value]]), torch.ones(1, 1)) for value in (2.0, -2.0)]
+    assert dense(ties(two, [1.0, 1.0], density=1.0)).item() == pytest.approx(2.0)
+
+
 @PROPERTY
 @given(seed=st.integers(0, 1000), order=st.permutations(range(3)), size=st.sampled_from([1e-3, 1.0, 50.0]))
 def test_ties_knows_neither_order_nor_factorisation_nor_the_size_of_weights(seed, order, size):

@@ -200,6 +200,41 @@ def test_groups_are_the_same_every_time_whatever_the_seed_finds():
     assert dense.error(other, rank) <= 1.01 * dense.least_error(heads, rank)
 
 
+def test_a_search_that_finds_other_groups_with_another_seed_is_repeatable():
+    rng = np.random.default_rng(0)
+    ups, downs = rng.normal(size=(24, 12, 2)), rng.normal(size=(24, 2, 14))
+    weights = 1 / np.square(ups @ downs).sum(axis=(1, 2))
+    problem = module(ups, downs, weights)
+    first = [grouped(problem, 7, 4, seed=seed).groups for seed in range(4)]
+    assert len(set(first)) > 1
+    assert [grouped(problem, 7, 4, seed=seed).groups for seed in range(4)] == first
+
+
+def test_no_rows_are_kept_where_the_means_have_no_energy():
+    """The one mean of two opposite tasks and a third of rank 1 has rank 1."""
+    ups, downs = np.zeros((3, 6, 2)), np.zeros((3, 2, 8))
+    rng = np.random.default_rng(0)
+    ups[0], downs[0] = rng.normal(size=(6, 2)), rng.normal(size=(2, 8))
+    ups[1], downs[1] = -ups[0], downs[0]
+    ups[2, :, 0], downs[2, 0] = rng.normal(size=6), rng.normal(size=8)
+    found = grouped(module(ups, downs, np.ones(3)), 1, 5)
+    assert found.rows.shape == (1, 8)
+    assert found.along.shape == (1, 1)
+
+
+def test_groups_that_only_weak_directions_show_are_found_where_there_are_rows_for_them():
+    """Eight tasks, each with eight strong directions of its own, which no group can share, and ten weaker ones that
+    four have in common: together less than a strong one, so 64 stronger ones come first. With 20 rows of A' the weak
+    ones of both groups are worth more than anything else, 0.95 each against a fourth of 1."""
+    groups = np.array([0, 1, 1, 0, 0, 1, 0, 1])
+    ups, downs = np.tile(np.eye(18), (8, 1, 1)), np.zeros((8, 18, 84))
+    ups[:, 8:, 8:] *= math.sqrt(0.95 / 4)
+    for task, group in enumerate(groups):
+        downs[task, :8, 8 * task : 8 * task + 8] = np.eye(8)
+        downs[task, 8:, 64 + 10 * group : 74 + 10 * group] = np.eye(10)
+    assert grouped(module(ups, downs, np.ones(8)), 2, 20).groups == tuple(groups.tolist())
+
+
 def set_error(workshop, bundle, folders) -> float:
     """Sum over the tasks of |dW - merged|^2 / |dW|^2, from dense float64 products."""
     total = 0.0
@@ -283,6 +318,14 @@ def test_a_task_that_changes_nothing_takes_no_head(workshop):
         assert hydraopt.merge({"zero": folders["zero"]}, method=method, rank=2).relative_error == 0
 
 
+def test_more_heads_than_tasks_that_change_anything_are_one_each(workshop):
+    folders = {f"t{i}": workshop.adapter(f"t{i}", seed=i) for i in range(2)}
+    folders |= {f"zero{i}": workshop.adapter(f"zero{i}", scale=0.0) for i in range(3)}
+    bundle = hydraopt.merge(folders, method="paper", rank=8, heads=3, dtype="float32")
+    assert {entry.groups for entry in bundle.manifest.modules} == {(0, 1, -1, -1, -1)}
+    assert bundle.relative_error <= 1e-5
+
+
 @pytest.mark.parametrize("method", ["paper", "gradient"])
 def test_a_task_that_changes_nothing_is_exported_as_such(workshop, tmp_path, method):
     """PEFT cannot hold an adapter without a module."""
@@ -306,6 +349,16 @@ def test_a_task_without_weight_gets_the_nearest_head(workshop):
     for entry in bundle.manifest.modules:
         groups = dict(zip(bundle.task_names, entry.groups, strict=True))
         assert groups["copy"] == groups["t1"]
+        assert len({groups[f"t{i}"] for i in range(3)}) == 3
+
+
+def test_a_loud_task_without_weight_moves_no_group(workshop):
+    """Ten million times as large as the others."""
+    folders = {f"t{i}": workshop.adapter(f"t{i}", seed=i) for i in range(3)}
+    folders["loud"] = workshop.adapter("loud", seed=7, scale=1e7)
+    bundle = hydraopt.merge(folders, method="paper", rank=12, heads=3, weights={"loud": 0.0}, dtype="float32")
+    for entry in bundle.manifest.modules:
+        groups = dict(zip(bundle.task_names, entry.groups, strict=True))
         assert len({groups[f"t{i}"] for i in range(3)}) == 3
 
 

@@ -51,6 +51,40 @@ def test_every_level_can_be_written(bits):
         torch.testing.assert_close(levels.diff(), levels.diff()[:1].expand(2**bits - 1), rtol=1e-4, atol=0)
 
 
+def written(vectors, bits):
+    """The bytes the format describes, in numpy: codes from the low bit up, field by field, then the scales."""
+    fields = {8: (8,), 6: (4, 2), 4: (4,), 3: (2, 1), 2: (2,)}[bits]
+    clip = {4: 0.9, 3: 0.75, 2: 0.55}.get(bits, 1.0)
+    half = np.float32((2**bits - 1) / 2)
+    stored = []
+    for vector in vectors:
+        codes, scales = [], []
+        for start in range(0, len(vector), GROUP):
+            group = vector[start : start + GROUP]
+            scale = (np.abs(group).max() * np.float32(clip / half)).view(np.uint32)
+            scale = (int(scale) + 0x7FFF + (int(scale) >> 16 & 1)) >> 16  # the nearest bfloat16
+            scales.append(scale)
+            wide = np.uint32(scale << 16).view(np.float32)
+            levels = group * (1 / wide) if wide > 0 else np.zeros_like(group)
+            codes.append(np.clip(np.floor(levels + half + np.float32(0.5)), 0, 2**bits - 1).astype(np.uint8))
+        low, parts = np.unpackbits(np.concatenate(codes)[:, None], axis=1, bitorder="little"), []
+        for place, field in enumerate(fields):
+            shift = sum(fields[place + 1 :])
+            parts.append(np.packbits(low[:, shift : shift + field], bitorder="little"))
+        stored.append(np.concatenate([*parts, np.array(scales, dtype="<u2").view(np.uint8)]))
+    return np.stack(stored)
+
+
+@pytest.mark.parametrize("bits", LOW_BITS)
+def test_the_bytes_are_those_the_format_describes(bits):
+    """Every code, the high ones of 8 bits too, and of zeros the middle one. Their scale may be -0."""
+    vectors = gaussian(9, 300, seed=bits)
+    vectors[4], vectors[5, 128:256] = 0, 0
+    data = encode(vectors, bits, torch.bfloat16)[0].numpy()
+    data[:, [-5, -3, -1]] &= 0x7F  # the signs of the three scales
+    assert np.array_equal(data, written(vectors.numpy(), bits))
+
+
 @pytest.mark.parametrize("bits", sorted(PRECISIONS))
 def test_the_noise_the_solver_assumes_is_the_noise_there_is(bits):
     """5 %: what a million Gaussian numbers scatter by, several times over."""
@@ -69,6 +103,15 @@ def test_fewer_bits_cost_fewer_bytes_and_more_noise():
     assert all(core_bits(bits) >= bits for bits in order)
     # 16 bits of scale for each 128 numbers, nothing else
     assert all(vector_bytes(4096, bits) == 4096 * bits // 8 + 2 * 4096 // GROUP for bits in LOW_BITS)
+
+
+@pytest.mark.parametrize(
+    ("bits", "core", "size"),
+    [(32, 32, 1200), (16, 16, 600), (8, 8, 306), (6, 8, 231), (4, 6, 156), (3, 6, 119), (2, 4, 81)],
+)
+def test_bytes_of_a_vector_and_bits_of_its_core(bits, core, size):
+    """300 numbers: fields rounded up to bytes one by one, and three scales."""
+    assert (core_bits(bits), vector_bytes(300, bits)) == (core, size)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-6, 1.0, 1e6, 1e30])

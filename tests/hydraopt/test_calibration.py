@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -151,6 +152,48 @@ def test_an_increment_uses_the_metric_too(workshop, moments):
     assert hydraopt.merge(now, keep_shared=former).manifest.recipe.calibration is None
 
 
+def test_a_bound_is_on_the_error_in_the_metric(workshop, moments):
+    """Met there by no more than it needs, with the plain error beyond it; so too by a task that changes. 5 % below for
+    the next choice that there is, 1 % above for rounding, of which the solver knows the average."""
+    shapes = {"q_proj": (96, 64)}
+    folders = {
+        f"t{i}": workshop.adapter(f"t{i}", seed=i, rank=12, shared_a=True, shapes=shapes) for i in range(3)
+    }
+    other = {"t1": workshop.adapter("other", seed=9, rank=12, shapes=shapes)}
+    metrics = moments(sizes(workshop, folders["t0"]), seed=6)
+    former = hydraopt.merge(folders, method="separate", max_error=0.2, metrics=metrics)
+    kept = hydraopt.merge(folders | other, keep_shared=former, metrics=metrics)
+    for bundle, tasks in ((former, folders), (kept, other)):
+        updates, norms = whitened(workshop, tasks, metrics)
+        shares = []
+        for task, own in updates.items():
+            found = workshop.dense_bundle(bundle, task)
+            lost = sum((own[name] - found[name] @ root(metrics[name])).square().sum() for name in own)
+            shares.append(float(lost) / norms[task])
+            assert bundle.manifest.tasks[task].relative_error > 0.205
+        assert 0.19 <= math.sqrt(sum(shares) / len(shares)) <= 0.202
+
+
+def test_what_is_lost_outside_a_kept_shared_part_is_measured_in_the_metric(workshop, moments):
+    """As the warning tells it, against dense projections; to its one decimal."""
+    shapes = {"q_proj": (96, 64)}
+    folders = {
+        f"t{i}": workshop.adapter(f"t{i}", seed=i, rank=6, shared_a=True, shapes=shapes) for i in range(6)
+    }
+    metrics = moments(sizes(workshop, folders["t0"]), seed=2)
+    former = hydraopt.merge(folders, budget=0.4, dtype="float32", metrics=metrics)
+    assert {module.family for module in former.manifest.modules} == {"shared-a"}
+    other = {"t1": workshop.adapter("other", seed=9, rank=6, shapes=shapes)}
+    (warning,) = hydraopt.merge(folders | other, keep_shared=former, metrics=metrics).warnings
+    updates, norms = whitened(workshop, other, metrics)
+    outside = 0.0
+    for name, update in updates["t1"].items():
+        rows = former.shared_rows()[name].double() @ root(metrics[name])
+        outside += float((update - update @ torch.linalg.pinv(rows) @ rows).square().sum())
+    told = float(warning.split("former bundle; ")[1].split(" %")[0])
+    assert told == pytest.approx(100 * outside / norms["t1"], abs=0.06)
+
+
 def test_metrics_that_cannot_be_used_are_refused(workshop, moments):
     folders = {f"t{i}": workshop.adapter(f"t{i}", seed=i) for i in range(2)}
     metrics = moments(sizes(workshop, folders["t0"]))
@@ -172,6 +215,19 @@ def test_shrinkage_is_ledoit_and_wolfs(tokens):
     wanted = (1 - share) * moment / mean + share * torch.eye(30, dtype=torch.float64)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)  # kept in float32
     assert float(torch.linalg.eigvalsh(found)[0]) > 0
+
+
+def test_shrinkage_of_many_inputs_is_ledoit_and_wolfs():
+    """More than a thousand inputs, whose moment stays in float32: 1e-3 is far above what that rounds."""
+    tokens, size = 700, 1030
+    x = np.random.default_rng(0).standard_normal((tokens, size)) * np.linspace(0.2, 2, size)
+    moment, fourth = x.T @ x / tokens, float((np.square(x).sum(axis=1) ** 2).mean())
+    mean = np.trace(moment) / size
+    share = (fourth - np.square(moment).sum()) / tokens / np.square(moment - mean * np.eye(size)).sum()
+    assert LEAST_SHRINKAGE < share < 1
+    wanted = ((1 - share) * moment + share * mean * np.eye(size)) / mean
+    found = regularised(torch.from_numpy(moment).float(), fourth, tokens).numpy()
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-3)
 
 
 def test_shrinkage_of_extremes():

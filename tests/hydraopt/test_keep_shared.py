@@ -15,6 +15,7 @@ from hydraopt.bundle.layout import SHARED_FILE, task_file
 from hydraopt.errors import AdapterFormatError, AdapterMismatchError, BudgetError, BundleError
 from hydraopt.merging import keep_shared
 from hydraopt.merging.keep_shared import KeepingRun
+from hydraopt.merging.second_moments import SecondMoments
 from hydraopt.merging.side_by_side import joined
 from hydraopt.recipe import SOLVER_VERSION
 
@@ -192,6 +193,26 @@ def test_changed_heads_are_the_best_on_the_stored_factors(workshop, family):
             best = left[:, :rank] @ torch.diag(sigma[:rank]) @ right[:rank]
             # float32 storage, and for the rank-th direction the gap to the next: 1e-5 of the update is ample.
             assert float((found[module.name] - best).norm()) <= 1e-5 * float(update.norm())
+
+
+def test_calibration_leaves_heads_on_a_shared_output_side_as_they_are(workshop, tmp_path):
+    """A second moment of inputs says nothing of B'."""
+    folders = {f"t{i}": mirrored(workshop, f"t{i}", i) for i in range(6)}
+    former = hydraopt.merge(folders, budget=0.4, dtype="float32")
+    assert {module.family for module in former.manifest.modules} == {"shared-b"}
+    generator = torch.Generator().manual_seed(0)
+    moments = {}
+    for module in former.manifest.modules:
+        mix = torch.randn(module.shape[1], module.shape[1], generator=generator)
+        moments[module.name] = mix @ mix.mT
+    save_file(moments, tmp_path / "moments.safetensors")
+    metrics = SecondMoments(dict.fromkeys(moments, tmp_path / "moments.safetensors"), "0" * 64)
+    now = folders | {"t2": mirrored(workshop, "other", 90)}
+    plain, calibrated = (
+        hydraopt.merge(now, keep_shared=former, budget=1.0, metrics=one) for one in (None, metrics)
+    )
+    assert calibrated.manifest.recipe.calibration == metrics.digest
+    assert torch.equal(calibrated.contents.heads["t2"], plain.contents.heads["t2"])
 
 
 def test_levels_are_chosen_by_price_within_the_bytes_that_are_left(workshop, folders):

@@ -195,6 +195,14 @@ def test_a_budget_is_used_not_just_kept(workshop):
         assert budget * 0.995 <= ratio <= budget
 
 
+def test_a_budget_in_float32_is_a_share_of_four_bytes_a_number(workshop):
+    folders = big_enough(workshop, 3)
+    size = sum((folder / "adapter_model.safetensors").stat().st_size for folder in folders.values())
+    written = hydraopt.merge(folders, budget=0.25, dtype="float32").manifest.bytes_on_disk
+    # Beside the factors the adapters' files hold headers, and a direction more may be too much: 5 %.
+    assert 0.95 * 0.25 * size <= written <= 0.25 * size
+
+
 def test_error_bound_is_met_with_few_bytes(workshop):
     folders = {f"t{i}": workshop.adapter(f"t{i}", seed=i, shared_a=True) for i in range(3)}
     loose = hydraopt.merge(folders, max_error=0.3, dtype="float32")

@@ -165,12 +165,13 @@ def test_a_bound_is_on_the_error_in_the_metric(workshop, moments):
     kept = hydraopt.merge(folders | other, keep_shared=former, metrics=metrics)
     for bundle, tasks in ((former, folders), (kept, other)):
         updates, norms = whitened(workshop, tasks, metrics)
-        shares = []
+        shares, plain = [], []
         for task, own in updates.items():
             found = workshop.dense_bundle(bundle, task)
             lost = sum((own[name] - found[name] @ root(metrics[name])).square().sum() for name in own)
             shares.append(float(lost) / norms[task])
-            assert bundle.manifest.tasks[task].relative_error > 0.205
+            plain.append(bundle.manifest.tasks[task].relative_error)
+        assert math.sqrt(sum(error**2 for error in plain) / len(plain)) > 0.21
         assert 0.19 <= math.sqrt(sum(shares) / len(shares)) <= 0.202
 
 

@@ -142,10 +142,10 @@ def test_rounded_factors_leave_what_the_solver_expects():
         assert 0.2 * rounding <= weighted(one, stored) - option.base_error <= 2 * rounding
 
 
-@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("bits", [16, 8])
 def test_the_noise_of_a_direction_is_that_of_both_its_vectors(bits):
-    """Rounded, with the small factor's at its own precision, against the outer product as it was. Noise constants hold
-    to 5 %; at 8 and 16 bits the short vector doubles the noise, at 4 it adds 6 %, hence 3 % there."""
+    """Rounded, the small factor's at its own precision, against the outer product as it was. At these bits the small
+    factor doubles the noise; the constants hold to 5 %."""
     u, v = torch.randn(2, 400, 2048, generator=torch.Generator().manual_seed(bits), dtype=torch.float64)
     (_, up), (_, down) = encode(u, bits, torch.bfloat16), encode(v, core_bits(bits), torch.bfloat16)
     whole = u.square().sum(1) * v.square().sum(1)

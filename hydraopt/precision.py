@@ -128,7 +128,9 @@ def _encode_few(vectors: Tensor, runs: Runs, dtype: torch.dtype) -> tuple[list[T
         padded = torch.nn.functional.pad(padded, (0, -length % width))
     grouped = padded.view(count, _groups(length), width)
     largest = torch.maximum(grouped.amax(-1, keepdim=True), -grouped.amin(-1, keepdim=True))
-    scales = (largest * share).bfloat16()
+    scales = (
+        largest * share + 0.0
+    ).bfloat16()  # of a group of zeros 0, where the maximum of 0 and -0 may be -0
     wide = scales.float()
     levels = grouped * torch.where(wide > 0, wide.reciprocal(), 0.0)
     levels.add_(half + 0.5).clamp_(zero, top)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
 from hydraopt.evaluation.metrics import (
+    Score,
     UnicodeWords,
     accuracy,
     exact_match,
@@ -94,6 +95,7 @@ def test_rouge_l_takes_the_best_reference():
         ("สวัสดี", ["ส", "วั", "ส", "ดี"]),
         ("Привет, мир", ["привет", "мир"]),
         ("مرحبا بالعالم", ["مرحبا", "بالعالم"]),
+        ("\uff21\uff22\uff23\uff11 \ufb01n", ["abc1", "fin"]),  # full width, and a ligature
         ("", []),
     ],
 )
@@ -159,11 +161,34 @@ def test_scores_of_labels_hold_both_metrics_and_repeat_exactly():
     assert scores == score_labels(predicted, expected)
 
 
+@pytest.mark.parametrize("wrong", [None, "z"])
+def test_an_answer_that_is_no_label_counts_for_none_in_the_interval_too(wrong):
+    """In every resample F1 of "a" is 1 and of "b" 0, so there is nothing to vary."""
+    scores = score_labels(["a"] * 20 + [wrong] * 20, ["a"] * 20 + ["b"] * 20)
+    assert scores["macro_f1"] == Score(0.5, 0.5, 0.5)
+
+
+def test_an_interval_holds_its_value_even_where_resamples_score_higher():
+    """Of each pair of labels the first is always answered: F1 2/3 and 0. A resample often lacks one of a rare pair,
+    and then scores 1 for the first without the second, or leaves the second out: resamples lie near 0.39, not 1/3."""
+    expected = [f"{side}{pair}" for pair in range(100) for side in "ab"]
+    score = score_labels([f"a{label[1:]}" for label in expected], expected)["macro_f1"]
+    assert score.value == pytest.approx(1 / 3)
+    assert score.low <= score.value < score.high
+
+
 def test_scores_of_texts_are_means_over_rows():
     scores = score_texts(["a b", "c", None, "d e"], [["a b"], ["x"], ["y"], ["d"]])
     assert scores["exact_match"].value == 0.25
     assert scores["rouge_l"].value == pytest.approx((1 + 0 + 0 + 2 / 3) / 4)
     assert scores["rouge_l"].low < scores["rouge_l"].value < scores["rouge_l"].high
+
+
+def test_scores_of_texts_repeat_exactly():
+    texts = [" ".join(["w"] * (1 + row % 7)) for row in range(40)], [["w w w w"]] * 40
+    first = score_texts(*texts)
+    assert first["rouge_l"].low < first["rouge_l"].value < first["rouge_l"].high
+    assert score_texts(*texts) == first
 
 
 def test_the_bootstrap_interval_is_about_two_standard_errors_wide():

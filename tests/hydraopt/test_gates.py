@@ -95,6 +95,12 @@ def test_storage_above_the_limit_or_no_ratio_fails(ratio):
     assert not result.passed
 
 
+def test_a_storage_ratio_at_its_limit_passes():
+    """0.1 + 0.2 is 0.30000000000000004 in floats."""
+    limit = GateRules(max_storage_ratio=0.3)
+    assert report({"t": score(0.9)}, {"t": score(0.9)}, limit, ratio=0.1 + 0.2).passed
+
+
 @pytest.mark.parametrize("side", ["own", "merged"])
 @pytest.mark.parametrize("value", [None, math.nan, math.inf, -0.5, 1.5])
 def test_a_missing_or_impossible_score_fails_its_task_and_the_mean(side, value):
@@ -105,6 +111,13 @@ def test_a_missing_or_impossible_score_fails_its_task_and_the_mean(side, value):
     assert result.tasks["t"].drop_percent is None
     assert result.mean_drop_percent is None
     json.loads(result.canonical())  # no NaN in it
+
+
+def test_a_task_without_a_score_leaves_no_mean_of_the_others():
+    good = {"a": score(0.9, "a")}
+    result = report(good | {"b": None}, good | {"b": score(0.9, "b")})
+    assert result.mean_drop_percent is None
+    assert ("max_mean_drop_percent", BUNDLE) in failed(result)
 
 
 @pytest.mark.parametrize(("own", "merged"), [({"t": score(0.9)}, {}), ({}, {"t": score(0.9)})])
@@ -136,6 +149,12 @@ def test_a_task_that_scored_nothing_has_nothing_to_lose(merged):
     result = report({"t": score(0.0)}, {"t": score(merged)})
     assert result.passed
     assert result.tasks["t"].drop_percent == 0
+
+
+def test_a_small_score_can_be_lost_whole():
+    result = report({"t": score(0.008)}, {"t": score(0.0)})
+    assert result.tasks["t"].drop_percent == 100
+    assert ("max_task_drop_percent", "t") in failed(result)
 
 
 def test_a_task_may_have_limits_of_its_own():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -358,6 +359,36 @@ def test_each_adapter_is_held_to_the_model_of_its_own_kind(topic_task, tiny_seq2
     task = topic_task(base_model=str(tiny_seq2seq))
     with second_moments([task], {"words": words, "labels": labels}, rows=2) as found:
         assert set(found) == set(labels.modules)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prompt": "a {input} is"},
+        {"max_length": 31},
+        {"max_new_tokens": 5},
+        {"revision": "v2"},
+        {"base_model": None},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_the_digest_of_moments_follows_everything_they_are_made_from(
+    echo_task, tiny_decoder, tmp_path, change
+):
+    """The same model under another name or revision counts as another one: what lies there may change."""
+    if "base_model" in change:
+        change = {"base_model": str(shutil.copytree(tiny_decoder, tmp_path / "copy"))}
+    digests = set()
+    for task in (echo_task(tiny_decoder), echo_task(**{"base_model": tiny_decoder} | change)):
+        with second_moments([task], {}, rows=2) as found:
+            digests.add(found.digest)
+    assert len(digests) == 2
+
+
+def test_the_digest_of_moments_does_not_depend_on_the_order_of_tasks(topic_task):
+    tasks = [topic_task(max_length=length) for length in (16, 8, 32)]
+    with second_moments(tasks, {}, rows=2) as one, second_moments(tasks[::-1], {}, rows=2) as other:
+        assert one.digest == other.digest
 
 
 def test_what_cannot_be_calibrated_is_refused(topic_task, tiny_encoder, workshop, tmp_path):

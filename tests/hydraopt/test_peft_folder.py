@@ -78,6 +78,56 @@ def test_digest_follows_what_is_computed_not_how_it_is_stored(workshop):
     assert len({first.digest, other_alpha.digest, other_base.digest, other_values.digest}) == 4
 
 
+def test_settings_that_change_what_is_computed_change_the_digest(workshop):
+    changes = [{}, {"revision": "v2"}, {"task_type": "SEQ_2_SEQ_LM"}, {"fan_in_fan_out": True}]
+    digests = {
+        hydraopt.read_adapter(workshop.adapter(f"a{i}", **change)).digest for i, change in enumerate(changes)
+    }
+    assert len(digests) == len(changes)
+
+
+def test_projections_that_follow_from_a_key_are_told_apart_by_it(workshop):
+    """The two files are equal: projections are not saved."""
+    tensors = {
+        f"base_model.model.q_proj.vera_lambda_{side}": torch.ones(size) for side, size in (("b", 8), ("d", 4))
+    }
+    config = {
+        "peft_type": "VERA",
+        "base_model_name_or_path": "tiny/base",
+        "r": 4,
+        "target_modules": ["q_proj"],
+    }
+    digests = {
+        hydraopt.read_adapter(
+            workshop.write(
+                f"v{key}", config | {"projection_prng_key": key, "save_projection": False}, tensors
+            )
+        ).digest
+        for key in (0, 1)
+    }
+    assert len(digests) == 2
+
+
+def test_equal_bytes_are_told_apart_by_name_shape_and_dtype(workshop):
+    """A whole layer's bytes alone do not say which layer they replace, nor what numbers they are."""
+    head = torch.randn(3, 16, generator=torch.Generator().manual_seed(0)).half()
+    extras = [
+        ("lm_head", head),
+        ("head", head),
+        ("lm_head", head.reshape(16, 3)),
+        ("lm_head", head.view(torch.bfloat16)),
+    ]
+    digests = set()
+    for place, (name, tensor) in enumerate(extras):
+        folder = workshop.adapter(
+            f"a{place}",
+            extras={f"base_model.model.{name}.weight": tensor},
+            modules_to_save=["lm_head", "head"],
+        )
+        digests.add(hydraopt.read_adapter(folder).digest)
+    assert len(digests) == len(extras)
+
+
 def test_reference_bytes_count_two_a_number_whatever_the_file_holds(workshop):
     wide = workshop.adapter("wide", dtype=torch.float32)
     narrow = workshop.adapter("narrow", dtype=torch.bfloat16)
@@ -109,6 +159,7 @@ def test_reference_bytes_count_two_a_number_whatever_the_file_holds(workshop):
         ("r", "four", "number"),
         ("r", 5, "rank 5"),
         ("target_modules", ["k_proj"], "target_modules"),
+        ("target_modules", ["proj"], "target_modules"),  # a part of a name is no target
     ],
 )
 def test_what_cannot_be_read_exactly_is_refused_by_name(workshop, setting, value, word):
@@ -221,6 +272,33 @@ def test_a_lying_header_length_is_refused_without_reading_it(workshop, length):
 def test_tensors_nobody_asked_for_are_refused_not_dropped(workshop, extra, word):
     folder = workshop.adapter("a", extras={extra: torch.zeros(4, 4)})
     with pytest.raises(AdapterFormatError, match=word):
+        hydraopt.read_adapter(folder)
+
+
+def test_a_rank_that_is_no_number_is_refused(workshop):
+    """``true`` equals 1 in Python, and the factors do have rank 1."""
+    with pytest.raises(AdapterFormatError, match="r is True; expected a number"):
+        hydraopt.read_adapter(workshop.adapter("a", rank=1, r=True, lora_alpha=2))
+
+
+@pytest.mark.parametrize(("factor", "axis"), [("lora_A", 0), ("lora_B", 1)])
+def test_a_factor_of_another_rank_than_its_partner_is_refused(workshop, factor, axis):
+    name = f"base_model.model.model.layers.1.q_proj.{factor}.weight"
+    shape = [12, 4] if factor == "lora_B" else [4, 16]
+    shape[axis] += 1
+    folder = workshop.adapter("a", extras={name: torch.ones(shape)})
+    with pytest.raises(AdapterFormatError, match=r"layers\.1\.q_proj.*rank 4"):
+        hydraopt.read_adapter(folder)
+
+
+def test_a_magnitude_without_a_direction_is_refused(workshop):
+    sizes = {"q_proj": 12, "o_proj": 16}
+    magnitudes = {
+        f"base_model.model.model.layers.0.{name}.lora_magnitude_vector": torch.ones(size)
+        for name, size in sizes.items()
+    }
+    folder = workshop.adapter("a", layers=1, shapes={"q_proj": (12, 16)}, use_dora=True, extras=magnitudes)
+    with pytest.raises(AdapterFormatError, match=r"o_proj.*magnitude of a module without"):
         hydraopt.read_adapter(folder)
 
 

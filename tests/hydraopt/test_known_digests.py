@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import time
+from functools import cached_property
 from pathlib import Path
 
 import pytest
 
 import hydraopt
 from hydraopt.adapters.known_digests import hashed, known_digest
+from hydraopt.adapters.peft_folder import Adapter
 
 
 @pytest.fixture
@@ -19,12 +21,17 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache" / "hydraopt" / "digests"
 
 
+def aged(monkeypatch):
+    """Any file of now was written an hour ago."""
+    later = time.time_ns() + 3600 * 10**9
+    monkeypatch.setattr("hydraopt.adapters.known_digests.time.time_ns", lambda: later)
+
+
 @pytest.fixture
 def folder(workshop, cache, monkeypatch):
     """An adapter that was hashed an hour after it was written."""
     folder = workshop.adapter("a")
-    later = time.time_ns() + 3600 * 10**9
-    monkeypatch.setattr("hydraopt.adapters.known_digests.time.time_ns", lambda: later)
+    aged(monkeypatch)
     hashed(hydraopt.read_adapter(folder))
     assert len(list(cache.iterdir())) == 1
     return folder
@@ -80,6 +87,38 @@ def test_a_file_just_written_is_not_remembered(workshop, cache):
     adapter = hydraopt.read_adapter(workshop.adapter("a"))
     assert hashed(adapter) == adapter.digest
     assert not cache.exists()
+
+
+def test_a_digest_of_what_a_file_held_earlier_is_not_remembered(workshop, cache, monkeypatch):
+    """It was asked for before the file was replaced."""
+    folder = workshop.adapter("a")
+    adapter = hydraopt.read_adapter(folder)
+    before = adapter.digest
+    flip(folder / "adapter_model.safetensors")
+    aged(monkeypatch)
+    assert hashed(adapter) == before
+    after = hydraopt.read_adapter(folder)
+    assert known_digest(after) == after.digest != before
+
+
+def test_a_change_while_a_file_is_hashed_is_noticed_later(workshop, cache, monkeypatch):
+    folder = workshop.adapter("a")
+    plain = Adapter.digest
+
+    def digest_then_change(adapter):
+        found = plain.func(adapter)
+        time.sleep(0.02)  # a tick of the file system's clock, as above
+        flip(folder / "adapter_model.safetensors")
+        return found
+
+    changing = cached_property(digest_then_change)
+    changing.__set_name__(Adapter, "digest")
+    with monkeypatch.context() as patch:
+        patch.setattr(Adapter, "digest", changing)
+        aged(patch)
+        before = hashed(hydraopt.read_adapter(folder))
+    after = hydraopt.read_adapter(folder)
+    assert known_digest(after) == after.digest != before
 
 
 def test_a_merge_that_keeps_tasks_reads_changed_ones_alone(folder, workshop, cache):

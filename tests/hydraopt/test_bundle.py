@@ -20,6 +20,8 @@ from transformers import (
 )
 
 import hydraopt
+from hydraopt.bundle.layout import canonical_json
+from hydraopt.bundle.manifest_file import read_manifest
 from hydraopt.errors import BundleError
 
 TOKENS = torch.arange(14).reshape(2, 7) % 11
@@ -258,6 +260,47 @@ def test_a_manifest_of_another_version_is_refused(saved, version, way_out):
         (saved / "manifest.json").write_text(changed)
         with pytest.raises(BundleError, match=f"schema {version}.*{way_out}"):
             hydraopt.verify(saved)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shape": [0, 24]},
+        {"shared": [[4], [4]]},
+        {"shared": [[4, 1]]},  # there is one precision
+        {"shared": [[-4]]},
+        {"heads": [[1], [1]]},
+        {"heads": [[1], [0, 1], [1]]},
+        {"heads": [[1], [-1], [1]]},
+        {"groups": [0, 1]},
+        {"groups": [-2, 0, 1]},
+        {"groups": [0, 0, 2]},  # group 1 has nobody
+        {"family": "shared-a"},  # has no groups
+    ],
+    ids=str,
+)
+def test_a_manifest_whose_module_does_not_hold_together_is_refused(workshop, tmp_path, change):
+    """Three tasks in two groups, each group with one head; the bytes stay as hydraopt writes them."""
+    folders = {f"t{i}": workshop.adapter(f"t{i}", seed=i, shared_a=True) for i in range(3)}
+    path = hydraopt.merge(folders, method="paper", rank=4, heads=2).save(tmp_path / "bundle")
+    value = json.loads((path / "manifest.json").read_text())
+    module = value["modules"][0]
+    assert (module["shape"], module["shared"], module["heads"]) == ([16, 24], [[4]], [[1], [1], [1]])
+    assert sorted(module["groups"]) in ([0, 0, 1], [0, 1, 1])
+    module |= change
+    (path / "manifest.json").write_bytes(canonical_json(value))
+    with pytest.raises(
+        BundleError, match=r"'model.layers.0.down_proj' has shape .* which do not fit .* 3 tasks"
+    ):
+        read_manifest(path)
+
+
+def test_a_manifest_of_a_precision_nobody_knows_is_refused(saved):
+    value = json.loads((saved / "manifest.json").read_text())
+    value["precisions"][1] = 5
+    (saved / "manifest.json").write_bytes(canonical_json(value))
+    with pytest.raises(BundleError, match=r"precision of 5 bits is not known\. Update"):
+        read_manifest(saved)
 
 
 def test_values_that_are_not_finite_are_noticed_even_with_right_digests(workshop):

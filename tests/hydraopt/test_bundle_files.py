@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import shutil
 import signal
 import subprocess
@@ -13,7 +15,9 @@ import safetensors.torch
 import torch
 
 import hydraopt
-from hydraopt.bundle.layout import SHARED_FILE, task_file
+from hydraopt.bundle import saved_file
+from hydraopt.bundle.layout import SHARED_FILE, FileEntry, task_file
+from hydraopt.bundle.saved_file import read_saved
 from hydraopt.bundle.stored_rows import read_once
 from hydraopt.bundle.tensor_bytes import describe, encode
 from hydraopt.errors import BundleError
@@ -91,6 +95,38 @@ def test_bytes_changed_behind_a_link_are_refused_in_both_bundles(kept, tmp_path)
     for folder in (before, after):
         with pytest.raises(BundleError, match="SHA-256"):
             hydraopt.Bundle.load(folder)
+
+
+def test_a_file_replaced_between_its_digest_and_its_header_is_refused(kept, monkeypatch):
+    before, _ = kept
+    plain, file = saved_file.TensorFile, before / task_file("t1")
+
+    def replaced(path, error):
+        if path == file:
+            file.unlink()
+            safetensors.torch.save_file({"other": torch.ones(3)}, file)
+        return plain(path, error)
+
+    monkeypatch.setattr(saved_file, "TensorFile", replaced)
+    with pytest.raises(BundleError, match=r"t1\.safetensors: the file was changed while it was read"):
+        hydraopt.Bundle.load(before)
+
+
+def test_a_tensor_that_begins_between_two_numbers_is_read(tmp_path):
+    """The format allows it where tensors of one byte a number come first."""
+    numbers = torch.randn(5, generator=torch.Generator().manual_seed(0))
+    header = {
+        "a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]},
+        "b": {"dtype": "F32", "shape": [5], "data_offsets": [1, 21]},
+    }
+    text = json.dumps(header).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)
+    data = len(text).to_bytes(8, "little") + text + b"\7" + numbers.numpy().tobytes()
+    (tmp_path / "file").write_bytes(data)
+    entry = FileEntry(sha256=hashlib.sha256(data).hexdigest(), bytes=len(data))
+    tensors, _ = read_saved(tmp_path / "file", entry, torch.empty(len(data), dtype=torch.uint8))
+    assert tensors["a"].tolist() == [7]
+    assert torch.equal(tensors["b"], numbers)
 
 
 KILLED = """

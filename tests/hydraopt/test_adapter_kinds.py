@@ -470,6 +470,20 @@ def test_adalora_divides_by_slightly_more_than_its_rank(tmp_path):
     torch.testing.assert_close((up @ down).float(), expected, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("change", [None, prune])
+def test_adalora_without_an_alpha_is_scaled_as_peft_scales_it(change, tmp_path):
+    """Where lora_alpha is 0, PEFT takes the rank for it; its own logits are the reference."""
+    config = AdaLoraConfig(task_type=CAUSAL, target_modules=["q_proj", "v_proj"], **ADA | {"lora_alpha": 0})
+    trained(llama, config, tmp_path / "task", change=change)
+    peft = PeftModel.from_pretrained(llama(), tmp_path / "task").eval()
+    for name, layer in peft.base_model.model.named_modules():
+        if hasattr(layer, "lora_E"):
+            up, down = hydraopt.read_adapter(tmp_path / "task").factors(name, torch.float64)
+            torch.testing.assert_close((up @ down).float(), layer.get_delta_weight("default").detach())
+    bundle = hydraopt.merge({"task": tmp_path / "task"}, budget=1.0, dtype="float32")
+    torch.testing.assert_close(logits(bundle.attach(llama())), logits(peft), rtol=0, atol=1e-4)
+
+
 def test_a_dora_keeps_its_magnitudes_where_the_direction_is_cut(tmp_path):
     """At a rank of 0 the magnitude still rescales the weight: export must not drop the module."""
     trained(llama, CASES["dora"][1], tmp_path / "task")
@@ -567,6 +581,7 @@ def edit(folder, **changes):
         ("adalora", {"init_r": None}, "init_r"),
         ("adalora", {"rank_pattern": {"model.layers.0.self_attn.q_proj.lora_E": [True]}}, "rank_pattern"),
         ("adalora pruned", {"rank_pattern": None}, "rank 5"),
+        ("adalora", {"rank_pattern": {"model.layers.9.q_proj.lora_E": [True] * 5}}, "layers.9.*no tensors"),
         ("adalora", {"target_modules": ["q_proj"]}, "up_proj.*target_modules"),
         ("adalora", {"use_dora": True}, "AdaLoRA has no DoRA"),
         ("dora", {"use_dora": False}, "use_dora is not set"),
@@ -599,4 +614,15 @@ def test_an_incomplete_adalora_is_refused(missing, tmp_path):
     del tensors[f"base_model.model.model.layers.1.self_attn.q_proj.{missing}"]
     save_file(tensors, file)
     with pytest.raises(AdapterFormatError, match=rf"q_proj' lacks .*{missing}"):
+        hydraopt.read_adapter(tmp_path / "task")
+
+
+@pytest.mark.parametrize("missing", ["vera_A", "vera_B"])
+def test_a_projection_without_its_partner_is_refused(missing, tmp_path):
+    trained(llama, CASES["vera"][1], tmp_path / "task")
+    file = tmp_path / "task" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    del tensors[f"base_model.{missing}"]
+    save_file(tensors, file)
+    with pytest.raises(AdapterFormatError, match=r"base_model\.vera_[AB]' is there without its partner"):
         hydraopt.read_adapter(tmp_path / "task")

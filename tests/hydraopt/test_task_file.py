@@ -212,6 +212,12 @@ def test_canonical_bytes_give_the_rows_back(tmp_path):
     assert [row for _, row in read_json_lines(file)] == rows
 
 
+def test_canonical_bytes_are_text_with_sorted_keys_and_no_spaces():
+    rows = [{"text": "naïve 雪", "label": "x"}, {"text": "b", "label": "y"}]
+    expected = '{"label":"x","text":"naïve 雪"}\n{"label":"y","text":"b"}\n'
+    assert rows_to_bytes(rows) == expected.encode()
+
+
 def test_several_references_are_kept_without_repeats(tmp_path):
     write(
         tmp_path,
@@ -316,6 +322,31 @@ def test_rows_without_a_label_in_a_data_set_are_told(tmp_path):
     task = load(tmp_path, data={"hub": {"name": str(tmp_path / "set")}})
     with pytest.raises(TaskFileError, match=r"split 'test', row 1: 'label' is -1.*0 to 1.*another split"):
         task.read_rows("test")
+
+
+def test_a_row_whose_class_is_missing_is_told(tmp_path):
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["refund", "delivery"])}
+    )
+    data = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, None]}, features=features)
+    (tmp_path / "set").mkdir()
+    data.to_parquet(tmp_path / "set" / "test.parquet")
+    task = load(tmp_path, data={"hub": {"name": str(tmp_path / "set")}})
+    with pytest.raises(TaskFileError, match=r"row 1: 'label' is None; expected text"):
+        task.read_rows("test")
+
+
+def test_a_data_set_is_read_in_the_configuration_and_revision_that_are_named(tmp_path, monkeypatch):
+    asked = {}
+
+    def hub(name, config, *, revision, split):
+        asked.update(name=name, config=config, revision=revision, split=split)
+        return datasets.Dataset.from_dict({"text": ["a"], "label": ["refund"]})
+
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    source = {"name": "somebody/set", "config": "de", "revision": "v2", "test": "heldout"}
+    assert load(tmp_path, data={"hub": source}).read_rows("test") == [{"text": "a", "label": "refund"}]
+    assert asked == {"name": "somebody/set", "config": "de", "revision": "v2", "split": "heldout"}
 
 
 def test_a_data_set_that_cannot_be_loaded_is_named(tmp_path):

@@ -219,6 +219,26 @@ def test_a_rank_beyond_the_kernel_is_refused(workshop, tmp_path):
     assert read_by_vllm(bundle.export(tmp_path / "out", profile="vllm")["wide"])
 
 
+@pytest.mark.parametrize(
+    ("rank", "profile", "written"),
+    [
+        (1, "vllm", 1),
+        (1, "portable", 8),
+        (1, "lorax", 8),
+        (8, "portable", 8),
+        (8, "vllm", 8),
+        (9, "portable", 16),
+    ],
+)
+def test_a_rank_is_padded_to_the_next_the_consumer_knows_and_no_further(
+    workshop, tmp_path, rank, profile, written
+):
+    folder = workshop.adapter("a", rank=rank, shapes={"q_proj": (16, 16)})
+    bundle = hydraopt.merge({"a": folder}, method="separate", rank=rank, dtype="float32")
+    adapter = hydraopt.read_adapter(bundle.export(tmp_path / "out", profile=profile)["a"])
+    assert {module.rank for module in adapter.modules.values()} == {written}
+
+
 def test_ranks_stay_small_where_a_consumer_takes_one_per_module(workshop, tmp_path):
     bundle = hydraopt.merge({"a": workshop.adapter("a", rank=9, shapes=SHAPES)}, budget=1.0)
     small, padded = (
@@ -298,6 +318,14 @@ def test_an_embedding_table_goes_where_it_is_read(workshop, profile, tmp_path):
     else:
         with pytest.raises(BundleError, match=rf"'table' updates the embedding table .*{profile}"):
             bundle.export(tmp_path / "out", profile=profile)
+
+
+def test_a_table_one_task_updates_is_left_alone_in_the_others(workshop, tmp_path):
+    """Where a consumer wants every linear layer, a table is none."""
+    plain = workshop.adapter("plain", layers=1, shapes={"q_proj": (16, 16)})
+    bundle = hydraopt.merge({"plain": plain, "table": table(workshop)}, budget=1.0, dtype="float32")
+    folder = bundle.export(tmp_path / "out", profile="vllm")["plain"]
+    assert set(hydraopt.read_adapter(folder).modules) == {"model.layers.0.q_proj"}
 
 
 def test_a_copy_of_the_base_models_table_is_refused_by_name(workshop, tmp_path):

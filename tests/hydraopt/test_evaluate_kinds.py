@@ -360,7 +360,7 @@ def test_answers_a_decoder_has_no_embedding_for_are_told(echo_task, tmp_path):
             encoded_rows(task, model, loaded, task.read_rows("train"))
 
 
-def test_positions_of_either_side_are_counted(echo_task, tmp_path):
+def test_positions_of_either_side_are_counted(echo_task, topic_task, tmp_path):
     """LED has more for what it reads than for what it says; of two models put together each has its own."""
     tokenizer = word_tokenizer(
         cls_token="[CLS]", sep_token="[SEP]", eos_token="[SEP]", pad_token="[PAD]", unk_token="[UNK]"
@@ -396,6 +396,8 @@ def test_positions_of_either_side_are_counted(echo_task, tmp_path):
             assert len(predict_texts(task, model, loaded, [{"input": "the " * 99}], batch_size=1)) == 1
         with pytest.raises(TaskFileError, match="only 16 positions"):
             input_limit(echo_task(base, max_new_tokens=17), model, loaded)
+        labels = topic_task(base_model=str(base), max_length=512)
+        assert input_limit(labels, model, loaded) == 16  # a classifier reads the text on both sides
 
 
 def test_what_a_decoder_starts_from_is_read_where_it_stands(echo_task, tiny_seq2seq):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,7 @@ from hydraopt.errors import TaskFileError
 from hydraopt.evaluation.encoding import encoded_rows
 from hydraopt.evaluation.evaluate import evaluate_adapter, evaluate_bundle
 from hydraopt.evaluation.task_file import TaskFile
+from hydraopt.training.checkpoints import MarkCheckpoints, last_whole_checkpoint
 from hydraopt.training.finetune import finetune, training_key
 from hydraopt.training.nuclear_decay import soft_threshold
 
@@ -186,6 +188,7 @@ def train_in_a_child(task_file: Path, out: Path, work: Path) -> subprocess.Popen
     code = f"""
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from hydraopt.evaluation.task_file import TaskFile
 from hydraopt.training.finetune import finetune
 def report(done, total, what):
@@ -267,6 +270,20 @@ def test_a_checkpoint_without_its_marker_or_a_file_does_not_count(topic_task, tm
     (folder / "checkpoint-10" / "whole.json").unlink()
     (folder / "checkpoint-5" / "scheduler.pt").unlink()
     assert finetune(task, tmp_path / "out", work=work, device="cpu").resumed_from_step is None
+
+
+def test_the_newest_whole_checkpoint_counts_and_what_is_not_whole_goes(tmp_path):
+    """Steps are numbers: 10 comes after 9."""
+    for step in (9, 10, 11):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "state").write_text("state")
+        MarkCheckpoints().on_save(
+            SimpleNamespace(output_dir=tmp_path), SimpleNamespace(global_step=step), control=None
+        )
+    (tmp_path / "checkpoint-11" / "state").write_text("st")
+    assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-9"]
 
 
 def test_a_training_killed_after_its_last_step_only_publishes(topic_task, tmp_path, monkeypatch):
@@ -520,6 +537,7 @@ def test_a_training_that_diverges_says_so_whatever_is_taken_off(topic_task, tmp_
 KILLED = """
 import os, signal, sys
 from pathlib import Path
+from types import SimpleNamespace
 from hydraopt.whole_folder import in_place_of
 
 rename, (out, moment) = Path.rename, sys.argv[1:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -16,6 +17,7 @@ from peft import (
     get_peft_model,
 )
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -547,6 +549,62 @@ def test_attached_layers_take_the_dtype_of_the_base(tmp_path):
     model = bundle.attach(bert().to(torch.bfloat16))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert logits(model).dtype == torch.bfloat16
+
+
+def test_a_copy_of_a_table_is_compared_in_the_dtype_of_the_base(tmp_path):
+    """The adapter was trained on the base in float32; in bfloat16 the table is the same one, rounded."""
+    trained(llama, CASES["embedding"][1], tmp_path / "task")
+    file = tmp_path / "task" / "adapter_model.safetensors"
+    table = load_file(file)["base_model.model.model.embed_tokens.base_layer.weight"]
+    assert table.dtype == torch.float32
+    bundle = hydraopt.merge({"task": tmp_path / "task"}, budget=1.0)
+    assert logits(bundle.attach(llama().to(torch.bfloat16))).isfinite().all()
+
+
+class Normed(nn.Module):
+    """A linear layer and a norm with statistics that are no parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(6, 5)
+        self.norm = nn.BatchNorm1d(5)
+
+    def forward(self, x):
+        return self.norm(self.first(x))
+
+
+def test_statistics_of_a_replaced_layer_are_each_tasks_own(tmp_path):
+    torch.manual_seed(0)
+    base = Normed().eval()
+    x = torch.randn(4, 6)
+    expected = {}
+    for seed, task in enumerate(("one", "two"), start=1):
+        config = LoraConfig(target_modules=["first"], modules_to_save=["norm"], r=2, init_lora_weights=False)
+        model = get_peft_model(copy.deepcopy(base), config)
+        norm = model.base_model.model.norm.modules_to_save["default"]
+        norm.running_mean.fill_(seed)
+        norm.running_var.fill_(seed + 1)
+        model.peft_config["default"].base_model_name_or_path = "tiny/base"
+        model.save_pretrained(tmp_path / task)
+        expected[task] = model.eval()(x).detach()
+    bundle = hydraopt.merge({task: tmp_path / task for task in expected}, budget=1.0, dtype="float32")
+    model = bundle.attach(copy.deepcopy(base)).eval()
+    for task, wanted in expected.items():
+        model.set_adapter(task)
+        torch.testing.assert_close(model(x), wanted, rtol=0, atol=1e-4)
+    narrow = bundle.attach(copy.deepcopy(base).to(torch.bfloat16))
+    buffers = {name: buffer for name, buffer in narrow.named_buffers() if "running" in name}
+    assert {buffer.dtype for buffer in buffers.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("case", ["vera", "vera by key"])
+def test_a_vera_folder_says_whether_its_projections_are_inside(case, tmp_path):
+    trained(llama, CASES[case][1], tmp_path / "task")
+    folder = hydraopt.merge({"task": tmp_path / "task"}, budget=1.0).export(tmp_path / "out")["task"]
+    said = json.loads((folder / "adapter_config.json").read_text())["save_projection"]
+    assert (
+        said == ("base_model.vera_A" in load_file(folder / "adapter_model.safetensors")) == (case == "vera")
+    )
 
 
 def test_a_resized_table_is_not_attached_beside_others(tmp_path):

@@ -186,6 +186,13 @@ def test_portable_folders_follow_the_rules_all_consumers_share(workshop, tmp_pat
         )
 
 
+@pytest.mark.parametrize("profile", ["peft", "portable"])
+def test_an_exported_folder_names_the_revision_of_the_base_model(workshop, tmp_path, profile):
+    folder = workshop.adapter("a", revision="v2")
+    exported = hydraopt.merge({"a": folder}, budget=1.0).export(tmp_path / "out", profile=profile)["a"]
+    assert hydraopt.read_adapter(exported).revision == "v2"
+
+
 def test_portable_refuses_whole_layers_it_cannot_hold(workshop, tmp_path):
     extras = {"base_model.model.score.weight": torch.ones(2, 16)}
     bundle = hydraopt.merge({"a": workshop.adapter("a", extras=extras, task_type="SEQ_CLS")}, budget=1.0)

@@ -27,6 +27,21 @@ def test_two_factors_have_the_chains_product_and_its_least_rank(inner):
     torch.testing.assert_close(product(chain).double(), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("inner", [(2, 5), (5, 2)])
+def test_two_factors_keep_the_dtypes_of_the_outer_ones(inner):
+    """The small factor in the middle may be kept in another precision; what it is multiplied into is rounded once."""
+    generator = torch.Generator().manual_seed(0)
+    first, middle, last = (
+        torch.randn(*shape, generator=generator) for shape in itertools.pairwise((7, *inner, 6))
+    )
+    first, last = first.bfloat16(), last.bfloat16()
+    up, down = pair((first, middle, last))
+    assert up.dtype == down.dtype == torch.bfloat16
+    expected = first.double() @ middle.double() @ last.double()
+    # bfloat16 rounds a number by at most 2^-9 of it, then at most 2 of them are added up.
+    assert float((up.double() @ down.double() - expected).norm()) <= 2**-7 * float(expected.norm())
+
+
 def test_two_small_factors_are_multiplied_out_without_another_rounding():
     """What is stored in 16 bits is rounded once: the product has the digits of float32, far more than bfloat16's 8."""
     generator = torch.Generator().manual_seed(0)

@@ -60,6 +60,11 @@ def test_a_minimal_file_gets_sensible_defaults(tmp_path):
     assert task.training.learning_rate == 1e-3
 
 
+def test_what_a_generation_task_says_itself_is_no_default(tmp_path):
+    task = TaskFile.load(write(tmp_path, GENERATION | {"max_length": 64, "metric": "exact_match"}))
+    assert (task.max_length, task.metric) == (64, "exact_match")
+
+
 def test_data_is_found_relative_to_the_task_file(tmp_path, monkeypatch):
     (tmp_path / "tasks").mkdir()
     (tmp_path / "data").mkdir()

@@ -42,7 +42,9 @@ _MODEL_CLASSES = {
     "CAUSAL_LM": AutoModelForCausalLM,
     "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
 }
-_READ = frozenset({".safetensors", ".json", ".txt", ".model", ".jinja", ".tiktoken"})
+_READ = frozenset(
+    {".safetensors", ".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".codes", ".bpe"}
+)
 """Endings of the files that a model and its tokenizer are loaded from."""
 # Layers the base model lacks (a classifier) start random: from one seed, so that every load gives the same.
 _NEW_LAYER_SEED = 0

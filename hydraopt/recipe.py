@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
@@ -24,7 +25,6 @@ MADE_FROM = frozenset({"shared_from", "calibration"})
 """Fields that a merge fills in: what it was made from beside the adapters."""
 
 _DIGEST = r"^[0-9a-f]{64}$"
-_LEAST_WEIGHT = 1e-12  # of a task that counts: sums of weights keep the digits of every one
 
 ADAPTIVE = ("hydraopt", "separate", "two-sided")
 """Methods whose ranks and precisions the budget chooses vector by vector."""
@@ -117,10 +117,9 @@ class Recipe(StrictSettings):
     @classmethod
     def _usable_weights(cls, weights: dict[str, float]) -> dict[str, float]:
         for task, weight in weights.items():
-            if weight and not _LEAST_WEIGHT <= weight <= 1 / _LEAST_WEIGHT:
+            if not (math.isfinite(weight) and weight >= 0):
                 raise ValueError(
-                    f"the weight of task {task!r} is {weight}; it must be 0, or from {_LEAST_WEIGHT:g} to "
-                    f"{1 / _LEAST_WEIGHT:g}"
+                    f"the weight of task {task!r} is {weight}; it must be finite and not negative"
                 )
         return dict(sorted(weights.items()))
 

@@ -64,6 +64,7 @@ def in_place_of(folder: Path) -> Iterator[Path]:
             fresh.rename(folder)
             sync(folder.parent)
         finally:
+            _restore(folder, own)
             shutil.rmtree(own, ignore_errors=True)
 
 

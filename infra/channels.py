@@ -64,9 +64,15 @@ def live(store: ObjectStore, name: str, channel: str) -> Move | None:
         RecordError: As for :func:`pointer`, or if the log is damaged.
     """
     newest = pointer(store, name, channel)
-    while entry := _read(store, log_key(name, channel, newest.sequence + 1 if newest else 1)):
+    while True:
+        number = newest.sequence + 1 if newest else 1
+        key = log_key(name, channel, number)
+        entry = _read(store, key)
+        if entry is None:
+            return newest
         newest = entry[0]
-    return newest
+        if newest.sequence != number:
+            raise RecordError(f"{key} is about move {newest.sequence}: it was copied or changed")
 
 
 def pointer(store: ObjectStore, name: str, channel: str) -> Move | None:

@@ -66,7 +66,7 @@ def _ray(ray: Any, address: str) -> Iterator[Executor]:
     try:
         client = ray.init(address, log_to_driver=False)
     except ConnectionError as reason:  # its head node has half a minute to start a process for us
-        last = str(reason).strip().splitlines()[-1]
+        last = (str(reason).strip() or type(reason).__name__).splitlines()[-1]
         raise ServiceError(f"merge workers: Ray at {address} does not let us in: {last}") from reason
     with client:
         yield _RayExecutor(ray)

@@ -170,7 +170,7 @@ def rollback_target(store: ObjectStore, name: str, channel: str) -> int:
         if newest.action == "rollback":
             return newest.version
         raise RecordError(
-            f"channel {channel!r} of {name!r} moved to version {newest.version} just now, which was cut short before: "
+            f"channel {channel!r} of {name!r} moved to version {newest.version} just now, as another call had begun: "
             "look at `hydraopt status`, and say which version should come back with `--to`"
         )
     former = [version for version in newest.published if version < newest.version] if newest else []

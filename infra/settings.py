@@ -34,7 +34,8 @@ _STORE_KEY = ("s3_access_key", "s3_secret_key")
 
 def home_folder() -> Path:
     """The home folder, absolute, for what needs no other setting: one of them may be what is broken."""
-    return Path(os.environ.get(f"{PREFIX}HOME") or DEFAULT_HOME).expanduser().absolute()
+    found = [value for name, value in os.environ.items() if name.upper() == f"{PREFIX}HOME" and value]
+    return Path(found[0] if found else DEFAULT_HOME).expanduser().absolute()
 
 
 def _without_password(address: str) -> str:

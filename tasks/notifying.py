@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from functools import partial
 
@@ -99,7 +102,9 @@ def save_url(name: str, url: str) -> None:
         TaskFileError: If it is no such URL.
         ServiceError: If that message cannot be delivered.
     """
-    if not Apprise().add(url):
+    with _silent_apprise():
+        is_known = Apprise().add(url)
+    if not is_known:
         raise TaskFileError("this is no Apprise URL, such as mailto://... or slack://...; nothing was saved")
     block = AppriseUrl(url=SecretStr(url))
     subject = "hydraopt can tell you things here"
@@ -108,6 +113,17 @@ def save_url(name: str, url: str) -> None:
             f"{problem}; nothing was saved: is the service reached from here, and are the words in the URL right?"
         )
     block.save(name, overwrite=True)
+
+
+@contextmanager
+def _silent_apprise() -> Iterator[None]:
+    """It logs the whole address of what it cannot read, secrets and all."""
+    logger = logging.getLogger("apprise")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _send(name: str, subject: str, body: str) -> str | None:
@@ -119,7 +135,7 @@ def _send(name: str, subject: str, body: str) -> str | None:
 def _send_through(block: NotificationBlock, name: str, subject: str, body: str) -> str | None:
     """Send; what went wrong, without the address, which may hold a secret."""
     try:
-        with block.raise_on_failure():
+        with _silent_apprise(), block.raise_on_failure():
             block.notify(body, subject)
     except Exception as error:  # noqa: BLE001 - every service fails in its own way
         return f"the notification block {name!r} failed ({type(error).__name__})"

@@ -84,7 +84,7 @@ def show_live(settings: Settings, name: str, channel: str) -> str | None:
         The bundle that MLflow showed as live until now, if it showed another one.
     """
     store = object_store(settings)
-    newest = settle(store, name, channel)
+    newest = live(store, name, channel)
     if newest is None:
         return None
     registry = BundleRegistry(settings)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import click
 
 from flows.command_line.process_memory import keep_memory
-from flows.command_line.standard_streams import open_closed_streams
+from flows.command_line.standard_streams import lead_nowhere, open_closed_streams
 
 # Before torch is loaded, here and in the processes started from here: its threads otherwise spin while they
 # wait for one another, and where a core is busy with something else a training step takes ten times as long.
@@ -105,11 +105,19 @@ class _LazyGroup(click.Group):
         try:
             code = super().main(given, *rest, standalone_mode=False, **extra)
         except click.ClickException as error:
-            error.show()
-            if "--json" in given:
-                failure = {"error": error.format_message(), "kind": "usage", "exit_code": error.exit_code}
-                click.echo(json.dumps(failure))
+            try:
+                error.show()
+                if "--json" in given:
+                    failure = {"error": error.format_message(), "kind": "usage", "exit_code": error.exit_code}
+                    click.echo(json.dumps(failure))
+            except OSError:
+                lead_nowhere(sys.stdout)
+                lead_nowhere(sys.stderr)
             sys.exit(error.exit_code)
+        except OSError as error:  # while it was printed what there is; a command tells of its own
+            lead_nowhere(sys.stdout)
+            click.echo(f"hydraopt: {error}", err=True)
+            sys.exit(1)
         except (click.Abort, KeyboardInterrupt):
             click.echo("hydraopt: interrupted", err=True)
             sys.exit(130)

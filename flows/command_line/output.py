@@ -33,6 +33,7 @@ import click
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from flows.command_line.standard_streams import NOBODY_READS, lead_nowhere
 from hydraopt.errors import HydraoptError
 
 ProgressCallback = Callable[[int, int, str], None]
@@ -55,7 +56,6 @@ _OF_THE_PLACE = {
 }
 """What the system says of a place that was named or of the disk it is on: no fault of ours."""
 _PLAIN_WIDTH = 120
-_NOBODY_READS = 141  # as of a program that SIGPIPE ended
 _EXTRA_OF_MODULE = {
     "prefect": "pipeline",
     "mlflow": "pipeline",
@@ -93,11 +93,12 @@ class Output:
         if not self.as_json:
             width = None if self._stdout.isatty() else _PLAIN_WIDTH
             console = _Console(file=self._stdout, highlight=False, markup=False, width=width)
-            console.print(renderable, soft_wrap=isinstance(renderable, str))
+            with _own_stdout():
+                console.print(renderable, soft_wrap=isinstance(renderable, str))
 
     def note(self, text: str) -> None:
         """Print a line on what is going on, to stderr."""
-        click.echo(text, file=self._stderr)
+        _tell(text, self._stderr)
 
     @contextlib.contextmanager
     def progress(self) -> Iterator[ProgressCallback]:
@@ -121,7 +122,9 @@ class Output:
     def finish(self, result: Mapping[str, Any]) -> None:
         """Print the command's JSON object, if that is what was asked for."""
         if self.as_json:
-            click.echo(json.dumps(result, default=_plain, ensure_ascii=False), file=self._stdout)
+            text = json.dumps(result, default=_plain, ensure_ascii=False)
+            with _own_stdout():
+                click.echo(text, file=self._stdout)
 
     def fail(self, error: BaseException) -> int:
         """Report ``error`` and return the exit code it maps to."""
@@ -138,16 +141,13 @@ class Output:
         self.note(f"hydraopt: {message}")
         try:
             self.finish({"error": message, "kind": type(error).__name__, "exit_code": code})
-        except OSError:
+        except (OSError, _NobodyReadsError):
             self.give_up()
         return code
 
     def give_up(self) -> None:
-        """Drop what stdout did not take: Python would try again at its end, and complain."""
-        with contextlib.suppress(OSError, ValueError):  # a test's has no descriptor
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stdout.fileno())
-            os.close(nowhere)
+        """Drop what stdout did not take."""
+        lead_nowhere(self._stdout)
 
 
 def command(name: str, **settings: Any) -> Callable[[Callable[..., Any]], click.Command]:
@@ -167,9 +167,9 @@ def command(name: str, **settings: Any) -> Callable[[Callable[..., Any]], click.
                 output.finish(result)
             except (click.ClickException, click.exceptions.Exit, click.Abort):
                 raise
-            except BrokenPipeError:  # whoever read us has seen enough, as `head` does
+            except _NobodyReadsError:
                 output.give_up()
-                code = _NOBODY_READS
+                code = NOBODY_READS
             except Exception as error:  # noqa: BLE001 - every failure leaves as a message and an exit code
                 code = output.fail(error)
             else:
@@ -181,10 +181,31 @@ def command(name: str, **settings: Any) -> Callable[[Callable[..., Any]], click.
     return decorate
 
 
+class _NobodyReadsError(Exception):
+    """Whoever read our stdout has seen enough, as `head` does."""
+
+
+@contextlib.contextmanager
+def _own_stdout() -> Iterator[None]:
+    """Tell our own reader's leaving from any other broken pipe, which is an error."""
+    try:
+        yield
+    except BrokenPipeError as reason:
+        raise _NobodyReadsError from reason
+
+
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        """Leave it to the frame of the command, where rich would end the process."""
+        """Leave it to whoever prints, where rich would end the process."""
         raise BrokenPipeError
+
+
+def _tell(text: str, stream: TextIO) -> None:
+    """Print a line; where it cannot be, work goes on without."""
+    try:
+        click.echo(text, file=stream)
+    except OSError:
+        lead_nowhere(stream)
 
 
 class _Bars:
@@ -230,7 +251,7 @@ class _Lines:
         self._said[what] = now
         if ended:
             self._ended.add(what)
-        click.echo(f"{what}: {done}/{total}", file=self._stream)
+        _tell(f"{what}: {done}/{total}", self._stream)
 
 
 @contextlib.contextmanager

@@ -257,7 +257,8 @@ def keygen(output: Output, who: str, key: Path) -> dict[str, Any]:
     try:
         public = trust(home, who, made)
     except BaseException:
-        key.unlink()  # a key that nobody trusts would only be in the way of the next attempt
+        if who not in trusted(home):
+            key.unlink()  # it would only be in the way of the next attempt
         raise
     output.show(f"private key: {key}\ntrusted as {who}: {public}")
     return {"who": who, "key": key, "public_key": public}

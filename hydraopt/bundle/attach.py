@@ -51,6 +51,8 @@ def attach(
         A PeftModel in eval mode with the first of them active; ``set_adapter(task)`` switches. All tasks'
         ``lora_A`` of one module are the same Parameter. Tensors take the dtype and device of the base model's weights.
         What its ``save_pretrained`` writes computes the same, at the rank of A' (:meth:`Bundle.export` writes less).
+        What its ``load_adapter`` reads in place of a task changes that one alone; ``delete_adapter`` comes first where
+        modules or ranks are other ones.
 
     Raises:
         BundleError: If there is no such task, a name cannot be an adapter's or is one's that the model holds, the tasks
@@ -61,6 +63,8 @@ def attach(
     model: Any = _attach_for(bundle, names)(bundle, base_model, names)
     if packed:
         pack(bundle, model, names)
+    for name in names:  # PEFT writes over that of the first what the base model calls itself
+        model.peft_config[name].base_model_name_or_path = bundle.manifest.base_model.name
     model.requires_grad_(requires_grad=False)
     model.set_adapter(next(iter(names)))
     model.requires_grad_(requires_grad=False)

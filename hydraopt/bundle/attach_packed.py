@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hydraopt.adapters.module import PREFIX
-from hydraopt.bundle.attached_factors import save_weight
+from hydraopt.bundle.attached_factors import holds, save_weight
 from hydraopt.bundle.contents import Bundle
 from hydraopt.bundle.stored_rows import StoredRows
 from hydraopt.errors import BundleError
@@ -35,7 +35,7 @@ class PackedChain(nn.Module):
     """Some factors of an update, the first to meet the input first.
 
     ``weight`` is their product (out, in), made on demand: PEFT reads it when it merges an adapter into the base, and it
-    is what is saved. It cannot be loaded.
+    is what is saved. No other can be loaded.
     """
 
     def __init__(self, parts: Sequence[tuple[PackedRows, bool]], dtype: torch.dtype) -> None:
@@ -71,7 +71,8 @@ class PackedChain(nn.Module):
         save_weight(self.weight, destination, prefix, keep_vars=keep_vars)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
-        if f"{prefix}weight" in state_dict:
+        given = state_dict.get(f"{prefix}weight")
+        if given is not None and not holds(self.weight, given):
             *_, error_msgs = rest
             error_msgs.append(
                 f"{prefix}weight is attached packed and stays so; attach without, or delete it first"

@@ -57,13 +57,21 @@ class LowRankHead(nn.Module):
         if given.shape != own.shape:
             error_msgs.append(f"size mismatch for {key}: {tuple(given.shape)} instead of {tuple(own.shape)}")
         elif not torch.equal(given.to(own), own):
-            self.up = nn.Parameter(given.to(own, copy=True), requires_grad=False)
-            self.inner = nn.Parameter(torch.eye(own.shape[1]).to(own), requires_grad=False)
+            is_trained = self.up.requires_grad
+            self.up = nn.Parameter(given.to(own, copy=True), requires_grad=is_trained)
+            self.inner = nn.Parameter(torch.eye(own.shape[1]).to(own), requires_grad=is_trained)
 
 
 def save_weight(weight: Tensor, destination: dict[str, Any], prefix: str, *, keep_vars: bool) -> None:
     """Put a matrix that is made on demand into a state dict, under the name a linear layer's has."""
     destination[f"{prefix}weight"] = weight if keep_vars else weight.detach()
+
+
+def holds(one: Tensor | None, other: Tensor | None) -> bool:
+    """Whether ``one`` is what ``other`` would be after it was loaded there; both may be missing."""
+    if one is None or other is None:
+        return one is other
+    return one.shape == other.shape and torch.equal(other.to(one), one)
 
 
 def keep_apart(model: nn.Module) -> None:
@@ -75,18 +83,29 @@ def keep_apart(model: nn.Module) -> None:
 
 
 def _own_copies(adapters: Any, state_dict: Mapping[str, Any], prefix: str, *_: object) -> None:
-    for name in list(adapters.keys()):
-        held = adapters[name]
-        given = state_dict.get(
-            f"{prefix}{name}" if isinstance(held, nn.Parameter) else f"{prefix}{name}.weight"
-        )
-        weight = held if isinstance(held, nn.Parameter) else getattr(held, "weight", None)
-        if given is None or not isinstance(weight, nn.Parameter):
-            continue
-        if given.shape == weight.shape and torch.equal(given.to(weight), weight):
-            continue
-        own = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
-        if isinstance(held, nn.Parameter):
-            adapters[name] = own
-        else:
-            held.weight = own
+    holders: dict[int, list[str]] = {}
+    for name, held in adapters.items():
+        holders.setdefault(id(_weight(held)), []).append(name)
+    for names in holders.values():
+        weight = _weight(adapters[names[0]])
+        given = {name: state_dict.get(prefix + name + _ending(adapters[name])) for name in names}
+        if weight is None or all(holds(new, next(iter(given.values()))) for new in given.values()):
+            continue  # the same for everybody
+        for name, new in given.items():
+            if new is None or holds(weight, new):
+                continue
+            own = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+            if isinstance(adapters[name], nn.Parameter):
+                adapters[name] = own
+            else:
+                adapters[name].weight = own
+
+
+def _weight(held: Any) -> nn.Parameter | None:
+    """The Parameter of an adapter's A, in either of PEFT's ways to hold it; a packed one has none."""
+    weight = held.weight if isinstance(held, nn.Linear) else held
+    return weight if isinstance(weight, nn.Parameter) else None
+
+
+def _ending(held: Any) -> str:
+    return "" if isinstance(held, nn.Parameter) else ".weight"

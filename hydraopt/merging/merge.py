@@ -21,6 +21,8 @@ from hydraopt.names import check_task_name
 from hydraopt.progress import Progress
 from hydraopt.recipe import ONE_FOR_ALL, Recipe
 
+_MOST_WEIGHT = 1e12  # sums of weights are to keep digits of every one
+
 
 def merge(
     adapters: Mapping[str, Adapter | Path | str],
@@ -173,16 +175,22 @@ def make_recipe(**settings: object) -> Recipe:
 
 
 def check_weights(recipe: Recipe, adapters: Mapping[str, Adapter]) -> None:
-    """Check that weights name tasks of the set, and leave one that counts.
+    """Check that weights name tasks of the set, are of sizes that can be added up, and leave one that counts.
 
     Raises:
         AdapterMismatchError: If one names another.
-        BudgetError: If no task counts.
+        BudgetError: If one is too small or too large beside 1, or no task counts.
     """
     if strangers := sorted(set(recipe.weights) - set(adapters)):
         raise AdapterMismatchError(
             f"weights name the task {strangers[0]!r}, which is not in the set; it has {', '.join(adapters)}"
         )
+    for task, weight in recipe.weights.items():
+        if weight and not 1 / _MOST_WEIGHT <= weight <= _MOST_WEIGHT:
+            raise BudgetError(
+                f"the weight of task {task!r} is {weight}; it must be 0, or from {1 / _MOST_WEIGHT:g} to "
+                f"{_MOST_WEIGHT:g}"
+            )
     if not any(recipe.weights.get(task, 1.0) for task in adapters):
         raise BudgetError("the weights of all tasks are 0: there is nothing to merge")
 

@@ -29,6 +29,8 @@ def count(output: Output, upto: int, error: str | None) -> dict:
         raise RefusedError("the gate said no")
     if error == "input":
         raise AdapterFormatError("not an adapter")
+    if error == "pipe":
+        raise BrokenPipeError
     if error == "bug":
         raise ZeroDivisionError("oops")
     if error == "extra":
@@ -83,6 +85,12 @@ HYDRAOPT = f"{sys.executable} -m flows.command_line"
         ("inspect nothing --json 2>&-", 2, {"error", "kind", "exit_code"}),
         ("inspect {b} --json >/dev/full", 2, None),
         ("inspect {b} >/dev/full", 2, None),
+        ("inspect nothing --json 2>/dev/full", 2, {"error", "kind", "exit_code"}),
+        ("inspect --json >/dev/full", 2, None),
+        ("--help >/dev/full", 1, None),
+        ("merge {a} --budget 1 --out {o} --json 2>/dev/full", 0, {"bundle_id"}),
+        ("merge {a} --budget 1 --out {o} --json <&- 2>&-", 0, {"bundle_id"}),
+        ("merge {a} --budget 1 --out {o} <&- >&- 2>&-", 0, None),
         ("merge {a} --budget 1 --out {o} --json 2>&-", 0, {"bundle_id"}),
     ],
 )
@@ -97,13 +105,20 @@ def test_streams_that_are_closed_or_full_break_nothing(tmp_path, ending, code, p
     assert (tmp_path / "o").exists() == words.startswith("merge")
 
 
-def test_a_reader_that_leaves_is_no_error_of_ours(tmp_path):
+@pytest.mark.parametrize("words", ["inspect {a}", "inspect {a} --json"])
+def test_a_reader_that_leaves_is_no_error_of_ours(tmp_path, words):
     """The pipe is closed before anything is written: as `head` may, when it has seen enough."""
     adapter = write_adapter(tmp_path / "a", 1)
-    done = shell(f"({HYDRAOPT} inspect {adapter}; echo $? >{tmp_path}/code) | true")
+    done = shell(f"({HYDRAOPT} {words.format(a=adapter)}; echo $? >{tmp_path}/code) | true")
     assert "unexpected" not in done.stderr, done.stderr
     assert "Traceback" not in done.stderr
     assert (tmp_path / "code").read_text().strip() == "141"
+
+
+def test_a_pipe_that_broke_elsewhere_is_an_error():
+    result = CliRunner().invoke(count, ["1", "--json", "--error", "pipe"])
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["kind"] == "BrokenPipeError"
 
 
 def shell(line):

@@ -16,7 +16,7 @@ TOKENS = torch.arange(14).reshape(2, 7) % 11
 TASKS = ("one", "two", "three", "four")
 LINEAR = ("q_proj", "down_proj")
 TABLE = "embed_tokens"
-TARGETS = {
+RECIPES = {
     "shared-a": {"budget": 0.35},
     "two-sided": {"budget": 0.35, "method": "two-sided"},
     "dense-heads": {"method": "paper", "rank": 4},
@@ -77,7 +77,7 @@ def merged(adapters):
 
     def merge(family, targets):
         folders = adapters(targets, 2 if family == "two-sided" else 1)
-        bundle = hydraopt.merge(folders, dtype="float32", **TARGETS[family])
+        bundle = hydraopt.merge(folders, dtype="float32", **RECIPES[family])
         assert family in {module.family for module in bundle.manifest.modules}
         return bundle, folders
 
@@ -93,7 +93,7 @@ def logits_of(model) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", TARGETS)
+@pytest.mark.parametrize("family", RECIPES)
 @pytest.mark.parametrize("packed", [False, True])
 def test_what_peft_saves_computes_the_same(merged, family, packed, tmp_path):
     """Factors are multiplied in another order, in float32: rounding is all there is."""
@@ -109,7 +109,7 @@ def test_what_peft_saves_computes_the_same(merged, family, packed, tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", TARGETS)
+@pytest.mark.parametrize("family", RECIPES)
 def test_the_state_of_one_attached_model_is_that_of_another(merged, family):
     """Saved by torch and loaded into a model of other numbers, every one."""
     bundle, _ = merged(family, (*LINEAR, TABLE))
@@ -122,8 +122,49 @@ def test_the_state_of_one_attached_model_is_that_of_another(merged, family):
         torch.testing.assert_close(logits, expected[task], rtol=0, atol=1e-5)
 
 
+def a_of(model) -> set[int]:
+    """The distinct Parameters that hold A of one module."""
+    (layer,) = (module for name, module in model.named_modules() if name.endswith(".down_proj"))
+    return {id(layer.lora_A[task].weight) for task in TASKS}
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("family", TARGETS)
+def test_what_is_equal_for_all_tasks_stays_in_memory_once(merged):
+    bundle, _ = merged("shared-a", LINEAR)
+    model, other = bundle.attach(llama()), bundle.attach(llama())
+    state = model.state_dict()
+    for parameter in other.parameters():
+        parameter.mul_(1.5)
+    heads = [dict(one.named_parameters()) for one in (model, other)]
+    model.load_state_dict(state)  # its own
+    assert {name: id(one) for name, one in model.named_parameters()} == {
+        name: id(one) for name, one in heads[0].items()
+    }
+    other.load_state_dict(state)
+    assert len(a_of(model)) == len(a_of(other)) == 1
+    bundle.attach(llama(), packed=True).load_state_dict(bundle.attach(llama(), packed=True).state_dict())
+
+
+@torch.no_grad()
+def test_a_head_that_is_loaded_goes_on_being_trained(merged, tmp_path):
+    bundle, _ = merged("shared-a", LINEAR)
+    model = bundle.attach(llama())
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    model.set_adapter("one")
+    trained = {name for name, one in model.named_parameters() if one.requires_grad}
+    assert trained
+    model.load_adapter(tmp_path / "two", "one", is_trainable=True)
+    assert {name for name, one in model.named_parameters() if one.requires_grad} == trained
+
+
+def test_every_task_is_saved_with_the_base_models_own_name(merged, tmp_path):
+    bundle, _ = merged("shared-a", LINEAR)
+    bundle.attach(llama()).save_pretrained(tmp_path, save_embedding_layers=False)
+    assert {hydraopt.read_adapter(tmp_path / task).base_model for task in TASKS} == {"tiny/base"}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", RECIPES)
 def test_an_adapter_loaded_in_place_of_a_task_changes_that_one_alone(merged, family, tmp_path):
     """What another model saved of the same bundle has the same sizes."""
     bundle, _ = merged(family, (*LINEAR, TABLE))
@@ -147,9 +188,9 @@ def test_an_adapter_loaded_in_place_of_a_task_changes_that_one_alone(merged, fam
 
 def test_an_adapter_of_another_rank_or_into_a_packed_model_is_not_loaded(merged, adapters, tmp_path):
     bundle, _ = merged("shared-a", LINEAR)
-    bundle.attach(llama()).save_pretrained(tmp_path)
+    bundle.attach(llama()).save_pretrained(tmp_path, save_embedding_layers=False)
     with pytest.raises(RuntimeError, match="attached packed"):
-        bundle.attach(llama(), packed=True).load_adapter(tmp_path / "one", "one")
+        bundle.attach(llama(), packed=True).load_adapter(tmp_path / "two", "one")
     other = hydraopt.merge(adapters(LINEAR, 1), method="separate", rank=2).export(tmp_path / "small")
     with pytest.raises(RuntimeError, match="size mismatch"):
         bundle.attach(llama()).load_adapter(other["one"], "one")
@@ -157,7 +198,7 @@ def test_an_adapter_of_another_rank_or_into_a_packed_model_is_not_loaded(merged,
 
 @torch.no_grad()
 def test_peft_concatenates_attached_adapters_exactly(merged):
-    """``cat`` adds updates: of one task with weight 2 it is that task's at twice its strength."""
+    """``cat`` puts factors beside one another, so that updates add up."""
     bundle, _ = merged("shared-a", LINEAR)
     model = bundle.attach(llama())
     model.add_weighted_adapter(["one", "two"], [1.0, 0.5], "both", combination_type="cat")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import pathlib
 import shutil
 import signal
 import subprocess
@@ -169,6 +170,25 @@ def test_what_a_killed_save_left_goes_with_the_next(kept, tmp_path, moment):
         assert hydraopt.verify(out).id == bundle.id  # what was there is there again
         raise RuntimeError
     assert sorted(path.name for path in out.parent.iterdir()) == ["ou", "out", "out.new"]
+
+
+@pytest.mark.parametrize("reason", [KeyboardInterrupt, OSError])
+def test_the_old_folder_comes_back_where_the_new_one_cannot_come(kept, tmp_path, monkeypatch, reason):
+    before, bundle = kept
+    out = tmp_path / "place" / "out"
+    bundle.save(out)
+    rename = pathlib.Path.rename
+
+    def stopped(self, target):
+        if self.name == "new":
+            raise reason
+        return rename(self, target)
+
+    monkeypatch.setattr(pathlib.Path, "rename", stopped)
+    with pytest.raises(reason):
+        hydraopt.Bundle.load(before).save(out)
+    assert hydraopt.verify(out).id == bundle.id
+    assert list(out.parent.iterdir()) == [out]
 
 
 def test_what_was_replaced_and_then_removed_does_not_come_back(kept, tmp_path):

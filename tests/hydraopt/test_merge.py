@@ -558,9 +558,7 @@ def test_weights_of_nothing_are_refused(workshop):
 
 @pytest.mark.parametrize("weight", [-1, float("nan"), float("inf"), 1e-13, 1e13])
 def test_a_weight_beside_which_others_would_vanish_is_refused(workshop, weight):
-    with pytest.raises(
-        BudgetError, match=rf"weight of task 'a' is {weight:.0e}|{weight}.*must be 0, or from"
-    ):
+    with pytest.raises(BudgetError, match=r"weight of task 'a' is \S+; it must be"):
         hydraopt.merge({"a": workshop.adapter("a")}, weights={"a": weight})
 
 

@@ -181,6 +181,17 @@ def test_move_that_stopped_before_the_pointer_is_finished_by_the_next_one(manage
     assert len(moves(manager)) == 2
 
 
+def test_a_log_that_repeats_a_move_is_damaged(manager):
+    """Else whoever follows it would never come to its end."""
+    publish_on(manager, manager.approved(1))
+    first = manager.store.read(log_key(manager.name, "stable", 1))[0]
+    manager.store._client.put_object(
+        Bucket=manager.store.bucket, Key=log_key(manager.name, "stable", 2), Body=first
+    )
+    with pytest.raises(RecordError, match=r"log/000002\.json is about move 1: it was copied or changed"):
+        live(manager.store, manager.name, "stable")
+
+
 def test_rollback_that_stopped_before_the_pointer_goes_back_once(manager):
     for seed in range(3):
         publish_on(manager, manager.approved(seed))

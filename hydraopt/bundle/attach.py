@@ -6,11 +6,10 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
-from torch import Tensor, nn
+from torch import nn
 
 from hydraopt.adapters.kinds import LORA_KINDS, PROMPT_KINDS
 from hydraopt.adapters.module import PREFIX
@@ -19,7 +18,7 @@ from hydraopt.bundle.attach_extras import place_extras
 from hydraopt.bundle.attach_packed import pack
 from hydraopt.bundle.attach_prompts import attach_prompts
 from hydraopt.bundle.attach_vera import attach_vera
-from hydraopt.bundle.attached_factors import LowRankHead, keep_apart
+from hydraopt.bundle.attached_factors import LowRankHead, keep_apart, parameter_like
 from hydraopt.bundle.chains import Chain, chain_rank, pair
 from hydraopt.bundle.contents import Bundle
 from hydraopt.bundle.layout import ModuleEntry
@@ -193,15 +192,10 @@ def _shared_rows(
     """A' of every module that has one, as the one Parameter all tasks will use."""
     updated = {module.name for module in modules}
     return {
-        name: _parameter(rows, base_model.get_submodule(name).weight)
+        name: parameter_like(rows, base_model.get_submodule(name).weight)
         for name, rows in bundle.shared_rows().items()
         if name in updated
     }
-
-
-def _parameter(part: Tensor, like: Any) -> nn.Parameter:
-    dtype = like.dtype if like.dtype.is_floating_point else torch.float32  # quantised bases compute in float
-    return nn.Parameter(part.to(device=like.device, dtype=dtype, copy=True), requires_grad=False)
 
 
 def _place(layer: Any, name: str, chain: Chain, shared: nn.Parameter | None) -> None:
@@ -211,14 +205,16 @@ def _place(layer: Any, name: str, chain: Chain, shared: nn.Parameter | None) -> 
         shared = None  # the task keeps nothing of A' here: its chain is one zero direction
     if isinstance(layer.get_base_layer(), nn.Embedding):
         up, down = pair(chain)
-        layer.lora_embedding_A[name] = _parameter(down, like) if shared is None or len(chain) == 3 else shared
-        layer.lora_embedding_B[name] = _parameter(up, like)
+        layer.lora_embedding_A[name] = (
+            parameter_like(down, like) if shared is None or len(chain) == 3 else shared
+        )
+        layer.lora_embedding_B[name] = parameter_like(up, like)
         return
-    layer.lora_A[name] = _linear(_parameter(chain[-1], like) if shared is None else shared)
+    layer.lora_A[name] = _linear(parameter_like(chain[-1], like) if shared is None else shared)
     if len(chain) == 3:
-        layer.lora_B[name] = LowRankHead(_parameter(chain[0], like), _parameter(chain[1], like))
+        layer.lora_B[name] = LowRankHead(parameter_like(chain[0], like), parameter_like(chain[1], like))
     else:
-        layer.lora_B[name] = _linear(_parameter(chain[0], like))
+        layer.lora_B[name] = _linear(parameter_like(chain[0], like))
 
 
 def _linear(weight: nn.Parameter) -> nn.Linear:

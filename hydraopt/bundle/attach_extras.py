@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hydraopt.adapters.module import PREFIX
 from hydraopt.adapters.whole_tensors import MAGNITUDE, copied_module
+from hydraopt.bundle.attached_factors import parameter_like
 from hydraopt.errors import BundleError
 
 
@@ -25,7 +26,7 @@ def place_extras(model: Any, name: str, extras: Mapping[str, Tensor]) -> None:
         if path.endswith(MAGNITUDE):
             layer = model.get_submodule(path.removesuffix(MAGNITUDE))
             like = layer.get_base_layer().weight
-            layer.lora_magnitude_vector[name].weight = _parameter(tensor, like)
+            layer.lora_magnitude_vector[name].weight = parameter_like(tensor, like)
         elif (module := copied_module(path)) is not None:
             _check_copy(model.get_submodule(PREFIX + module), name, path, tensor)
         else:
@@ -64,11 +65,6 @@ def _replace(model: Any, task: str, name: str, tensor: Tensor) -> None:
     if leaf in dict(module.named_buffers(recurse=False)):
         setattr(module, leaf, tensor.to(device=like.device, dtype=like.dtype, copy=True))
     else:
-        setattr(module, leaf, _parameter(tensor, like))
+        setattr(module, leaf, parameter_like(tensor, like))
     if isinstance(module, nn.Linear) and leaf == "weight":
         module.out_features, module.in_features = tensor.shape
-
-
-def _parameter(tensor: Tensor, like: Tensor) -> nn.Parameter:
-    dtype = like.dtype if like.dtype.is_floating_point else torch.float32  # quantised bases compute in float
-    return nn.Parameter(tensor.to(device=like.device, dtype=dtype, copy=True), requires_grad=False)

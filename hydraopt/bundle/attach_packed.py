@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hydraopt.adapters.module import PREFIX
-from hydraopt.bundle.attached_factors import holds, save_weight
+from hydraopt.bundle.attached_factors import float_dtype, holds, save_weight
 from hydraopt.bundle.contents import Bundle
 from hydraopt.bundle.stored_rows import StoredRows
 from hydraopt.errors import BundleError
@@ -100,7 +100,7 @@ def pack(bundle: Bundle, model: nn.Module, names: Mapping[str, str]) -> None:
         for module_name, links in bundle.links(task).items():
             layer: Any = model.get_submodule(PREFIX + module_name)
             like = layer.get_base_layer().weight
-            dtype = like.dtype if like.dtype.is_floating_point else torch.float32
+            dtype = float_dtype(like)
             parts = []
             for link in links:
                 rows = held.get(link.rows.data.data_ptr())

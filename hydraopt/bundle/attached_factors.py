@@ -62,6 +62,19 @@ class LowRankHead(nn.Module):
             self.inner = nn.Parameter(torch.eye(own.shape[1]).to(own), requires_grad=is_trained)
 
 
+def parameter_like(tensor: Tensor, like: Any) -> nn.Parameter:
+    """A copy on the device of a base weight, in the dtype it is computed with."""
+    return nn.Parameter(
+        tensor.to(device=like.device, dtype=float_dtype(like), copy=True), requires_grad=False
+    )
+
+
+def float_dtype(like: Any) -> torch.dtype:
+    """The dtype that a base weight is computed with; quantised ones compute in float."""
+    own: torch.dtype = like.dtype
+    return own if own.is_floating_point else torch.float32
+
+
 def save_weight(weight: Tensor, destination: dict[str, Any], prefix: str, *, keep_vars: bool) -> None:
     """Put a matrix that is made on demand into a state dict, under the name a linear layer's has."""
     destination[f"{prefix}weight"] = weight if keep_vars else weight.detach()

@@ -15,6 +15,7 @@ import hydraopt
 from hydraopt.errors import BudgetError
 from hydraopt.merging.basis import stacked_directions
 from hydraopt.merging.grouping import (
+    HeadSpace,
     SharedHeads,
     group_tasks,
     head_space,
@@ -222,17 +223,20 @@ def test_no_rows_are_kept_where_the_means_have_no_energy():
     assert found.along.shape == (1, 1)
 
 
-def test_groups_that_only_weak_directions_show_are_found_where_there_are_rows_for_them():
-    """Eight tasks, each with eight strong directions of its own, which no group can share, and ten weaker ones that
-    four have in common: together less than a strong one, so 64 stronger ones come first. With 20 rows of A' the weak
-    ones of both groups are worth more than anything else, 0.95 each against a fourth of 1."""
-    groups = np.array([0, 1, 1, 0, 0, 1, 0, 1])
-    ups, downs = np.tile(np.eye(18), (8, 1, 1)), np.zeros((8, 18, 84))
-    ups[:, 8:, 8:] *= math.sqrt(0.95 / 4)
-    for task, group in enumerate(groups):
-        downs[task, :8, 8 * task : 8 * task + 8] = np.eye(8)
-        downs[task, 8:, 64 + 10 * group : 74 + 10 * group] = np.eye(10)
-    assert grouped(module(ups, downs, np.ones(8)), 2, 20).groups == tuple(groups.tolist())
+@pytest.mark.parametrize(("rank", "directions"), [(4, 64), (16, 64), (40, 160)])
+def test_groups_are_looked_for_in_four_directions_a_row_and_64_at_least(monkeypatch, rank, directions):
+    """Fewer would be strong ones of single tasks, where there are rows for weaker ones that groups share."""
+    asked, narrowed = [], HeadSpace.narrowed
+
+    def noted(self, most):
+        asked.append(most)
+        return narrowed(self, most)
+
+    monkeypatch.setattr(HeadSpace, "narrowed", noted)
+    random = np.random.default_rng(0)
+    ups, downs = random.standard_normal((3, 6, 4)), random.standard_normal((3, 4, 40))
+    grouped(module(ups, downs, np.ones(3)), 2, rank)
+    assert asked == [directions]
 
 
 def set_error(workshop, bundle, folders) -> float:

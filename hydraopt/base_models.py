@@ -30,6 +30,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from hydraopt.errors import HydraoptError, TaskFileError, first_line
+from hydraopt.file_digest import sha256_of
 
 TaskType = Literal["SEQ_CLS", "CAUSAL_LM", "SEQ_2_SEQ_LM"]
 """PEFT's names for the kinds of model we load."""
@@ -98,9 +99,8 @@ def files_digest(name: str) -> str | None:
 
 @lru_cache(maxsize=256)
 def _file_digest(file: Path, _state: tuple[int, ...]) -> str:
-    """Of every byte, once for a state of the file: weights take a second for each gigabyte or two."""
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+    """Found once for a state of the file: weights take a second for each gigabyte or two."""
+    return sha256_of(file)
 
 
 def load_base_model(

@@ -21,7 +21,7 @@ from torch import Tensor
 from hydraopt.adapters.configuration import is_target, number
 from hydraopt.adapters.module import PREFIX, AdapterModule, Contents, Kind, Layer, Parts, Source
 from hydraopt.adapters.name_patterns import matches
-from hydraopt.adapters.whole_tensors import MAGNITUDE, whole_tensors
+from hydraopt.adapters.whole_tensors import MAGNITUDE, by_tying, whole_tensors
 
 # (how A ends, how B ends, what the update is added to)
 _PAIRS: tuple[tuple[str, str, Layer], ...] = (
@@ -124,14 +124,10 @@ def check_target(source: Source, name: str) -> None:
         )
     targets = source.config.get("target_modules")
     if not is_target(name, targets):
-        tied = "; ensure_weight_tying adds it, which is not supported" if _ties(source) else ""
         raise source.refuse(
-            f"module {name!r} has tensors of an update, but target_modules={targets!r} does not name it{tied}"
+            f"module {name!r} has tensors of an update, but target_modules={targets!r} does not name it"
+            f"{by_tying(source)}"
         )
-
-
-def _ties(source: Source) -> bool:
-    return bool(source.config.get("ensure_weight_tying"))
 
 
 def _module(source: Source, down: str, up: str, layer: Layer) -> AdapterModule:

@@ -35,6 +35,12 @@ def copied_module(tensor: str) -> str | None:
     return module if found and leaf in {"weight", "bias"} else None
 
 
+def by_tying(source: Source) -> str:
+    """What to add to a message about tensors nobody asked for, where PEFT's tying of weights may have made them."""
+    is_tied = source.config.get("ensure_weight_tying")
+    return "; ensure_weight_tying adds it, which is not supported" if is_tied else ""
+
+
 def whole_tensors(
     source: Source, modules: Mapping[str, AdapterModule], used: set[str], prefix: str = PREFIX
 ) -> list[str]:
@@ -57,10 +63,9 @@ def whole_tensors(
         if not tensor.startswith(prefix):
             raise source.refuse(f"tensor {tensor!r} does not start with {prefix!r} as PEFT writes it")
         if not any(is_saved(tensor, name) for name in saved) and copied_module(tensor) not in modules:
-            tied = ": ensure_weight_tying adds it, which is not supported"
             raise source.refuse(
                 f"tensor {tensor!r} is neither part of an update nor below modules_to_save={sorted(saved)}"
-                f"{tied if source.config.get('ensure_weight_tying') else ''}; it is refused rather than dropped"
+                f"{by_tying(source)}; it is refused rather than dropped"
             )
         extras.append(tensor)
     return extras

@@ -136,11 +136,11 @@ def _attach_lora(bundle: Bundle, base_model: nn.Module, names: Mapping[str, str]
     _check_replaced(bundle, modules, tuple(names.values()))
     shared_rows = _shared_rows(bundle, modules, base_model)
     read_shared = read_once()
+    tables = {module.name for module in modules if module.layer == "embedding"}
     tails = name_tails(name for name, _ in base_model.named_modules())
     model: Any = None
     for name, task in names.items():
         chains = lora_chains(bundle, task, read_shared)
-        tables = {module.name for module in modules if module.layer == "embedding"}
         ranks = {at: chain_rank(chain) if at in tables else len(chain[-1]) for at, chain in chains.items()}
         settings = lora_settings(bundle, task, ranks)
         if not tails.isdisjoint(chains):  # a list would give modules whose names end alike an update, too

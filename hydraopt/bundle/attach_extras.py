@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from hydraopt.adapters.module import PREFIX
 from hydraopt.adapters.whole_tensors import MAGNITUDE, copied_module
-from hydraopt.bundle.attached_factors import parameter_like
+from hydraopt.bundle.attached_factors import holds, parameter_like
 from hydraopt.errors import BundleError
 
 
@@ -35,14 +34,8 @@ def place_extras(model: Any, name: str, extras: Mapping[str, Tensor]) -> None:
 
 def _check_copy(layer: Any, task: str, name: str, copy: Tensor) -> None:
     own = getattr(layer.get_base_layer(), name.rsplit(".", 1)[-1])
-    copy = copy if own is None else copy.to(own.device)
     # Either may have been rounded to the dtype of the other.
-    is_same = (
-        own is not None
-        and own.shape == copy.shape
-        and (torch.equal(copy.to(own.dtype), own) or torch.equal(own.to(copy.dtype), copy))
-    )
-    if not is_same:
+    if own is None or not (holds(own, copy) or holds(copy, own)):
         raise BundleError(
             f"task {task!r} carries its own {name!r}, which differs from the base model's: it was resized or trained. "
             "One model cannot hold both; export the task and load it alone"

@@ -56,7 +56,7 @@ class LowRankHead(nn.Module):
         given, own = state_dict[key], self.weight
         if given.shape != own.shape:
             error_msgs.append(f"size mismatch for {key}: {tuple(given.shape)} instead of {tuple(own.shape)}")
-        elif not torch.equal(given.to(own), own):
+        elif not holds(own, given):
             is_trained = self.up.requires_grad
             self.up = nn.Parameter(given.to(own, copy=True), requires_grad=is_trained)
             self.inner = nn.Parameter(torch.eye(own.shape[1]).to(own), requires_grad=is_trained)
@@ -101,10 +101,10 @@ def _own_copies(adapters: Any, state_dict: Mapping[str, Any], prefix: str, *_: o
         holders.setdefault(id(_weight(held)), []).append(name)
     for names in holders.values():
         weight = _weight(adapters[names[0]])
-        given = {name: state_dict.get(prefix + name + _ending(adapters[name])) for name in names}
-        if weight is None or all(holds(new, next(iter(given.values()))) for new in given.values()):
+        given = [state_dict.get(prefix + name + _ending(adapters[name])) for name in names]
+        if weight is None or all(holds(given[0], new) for new in given):
             continue  # the same for everybody
-        for name, new in given.items():
+        for name, new in zip(names, given, strict=True):
             if new is None or holds(weight, new):
                 continue
             own = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)

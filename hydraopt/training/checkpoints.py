@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -12,6 +11,7 @@ from transformers import TrainerCallback
 
 from hydraopt.atomic_files import sync, write_atomically
 from hydraopt.errors import TaskFileError
+from hydraopt.file_digest import sha256_of
 from hydraopt.json_text import parse_object
 
 _MARKER = "whole.json"
@@ -30,7 +30,7 @@ class MarkCheckpoints(TrainerCallback):  # type: ignore[misc]  # untyped library
         digests = {}
         for file in sorted(checkpoint.iterdir()):
             sync(file)
-            digests[file.name] = _sha256(file)
+            digests[file.name] = sha256_of(file)
         write_atomically(checkpoint / _MARKER, json.dumps(digests, sort_keys=True).encode())
 
 
@@ -48,7 +48,7 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
 def _is_whole(checkpoint: Path) -> bool:
     try:
         digests = parse_object((checkpoint / _MARKER).read_bytes(), _MARKER, TaskFileError)
-        return all(_sha256(checkpoint / name) == digest for name, digest in digests.items())
+        return all(sha256_of(checkpoint / name) == digest for name, digest in digests.items())
     except (OSError, TaskFileError):
         return False
 
@@ -56,8 +56,3 @@ def _is_whole(checkpoint: Path) -> bool:
 def step_of(checkpoint: Path) -> int:
     """How many optimiser steps a checkpoint has behind it."""
     return int(checkpoint.name.removeprefix("checkpoint-"))
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -87,7 +86,7 @@ def down(home: Path, *, progress: Progress | None = None, grace_s: float = STOP_
             tell(done, len(names), f"stop {name}")
             records = stop_service(home, records, name, grace_s)
         tell(len(names), len(names), "all stopped")
-    with contextlib.suppress(HydraoptError):  # to stop takes no settings, which may be what is broken
+    with suppress(HydraoptError):  # to stop takes no settings, which may be what is broken
         return status(home)
     return ServiceStatus(
         home=home, profile=records.profile, services=tuple(_stopped(home, records, name) for name in names)
